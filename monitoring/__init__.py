@@ -1,0 +1,1 @@
+"""What Lectern measures and how it is shown: metric definitions, Prometheus rules, dashboards."""
