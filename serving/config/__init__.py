@@ -1,0 +1,1 @@
+"""Configuration: of the engine (`engine`) and of a model folder (`model`)."""

@@ -1,0 +1,124 @@
+"""One validated configuration for the engine. An error names the flag and says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from serving.errors import ConfigError
+
+GIB = 1 << 30
+
+
+class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
+    """Settings of one engine.
+
+    `num_kv_pages` fixes the number of KV pages; otherwise `kv_memory` bytes (all stages together)
+    decide. `layer_layout` gives the number of layers of each stage. `devices` names one torch
+    device a stage. `threads` is the number of compute threads a stage; by default the cores are
+    shared out. `step_timeout` seconds without a result of a running micro-batch mean that a stage
+    hangs.
+    """
+
+    model: Path
+    pipeline_parallel_size: int = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    page_size: int = 16
+    num_kv_pages: int | None = None
+    kv_memory: int = GIB
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    enable_prefix_caching: bool = True
+    cache_eviction: Literal["lru", "fifo"] = "lru"
+    order: Literal["fcfs"] = "fcfs"
+    schedule_policy: Literal["classic"] = "classic"
+    served_model_name: str | None = None
+    seed: int = 0
+    layer_layout: list[int] | None = None
+    devices: list[str] | None = None
+    threads: int | None = None
+    step_timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, Path):
+            msgspec.structs.force_setattr(self, "model", Path(self.model))
+        stages = self.pipeline_parallel_size
+        _check_int(stages, 1, 1024, "--pipeline-parallel-size")
+        _check_choice(self.dtype, ("auto", "float32", "bfloat16", "float16"), "--dtype")
+        _check_choice(self.load_format, ("auto", "dummy"), "--load-format")
+        _check_choice(self.cache_eviction, ("lru", "fifo"), "--cache-eviction")
+        _check_choice(self.order, ("fcfs",), "--order")
+        _check_choice(self.schedule_policy, ("classic",), "--schedule-policy")
+        _check_int(self.page_size, 1, 1024, "--page-size")
+        if self.page_size & (self.page_size - 1):
+            raise ConfigError(
+                f"--page-size must be a power of two such as 16, not {self.page_size}.",
+                "--page-size",
+            )
+        if self.num_kv_pages is not None:
+            _check_int(self.num_kv_pages, 1, 1 << 31, "--num-kv-pages")
+        _check_int(self.kv_memory, 1, 1 << 60, "--kv-memory")
+        _check_int(self.max_num_seqs, 1, 1 << 16, "--max-num-seqs")
+        _check_int(self.max_num_batched_tokens, 1, 1 << 20, "--max-num-batched-tokens")
+        if self.max_model_len is not None:
+            _check_int(self.max_model_len, 2, 1 << 24, "--max-model-len")
+        if self.threads is not None:
+            _check_int(self.threads, 1, 4096, "--threads")
+        if not self.step_timeout > 0:
+            raise ConfigError("--step-timeout must be a number of seconds above 0.", "--step-timeout")
+        if self.devices is not None and len(self.devices) != stages:
+            raise ConfigError(
+                f"--devices names {len(self.devices)} devices for {stages} pipeline stages; "
+                "give one device a stage.",
+                "--devices",
+            )
+        if self.layer_layout is not None:
+            if len(self.layer_layout) != stages or min(self.layer_layout, default=0) < 1:
+                raise ConfigError(
+                    f"--layer-layout must give at least one layer for each of the {stages} "
+                    f"pipeline stages, not {self.layer_layout}.",
+                    "--layer-layout",
+                )
+
+    @property
+    def name(self) -> str:
+        """The name under which the model is served."""
+        return self.served_model_name or self.model.name
+
+    def device(self, stage: int) -> str:
+        return self.devices[stage] if self.devices is not None else "cpu"
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self, enc_hook=_encode_path)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> EngineConfig:
+        return msgspec.json.decode(data, type=cls, dec_hook=_decode_path)
+
+
+def _check_int(value: int, low: int, high: int, flag: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{flag} must be a whole number, not {value!r}.", flag)
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} must be between {low} and {high}, not {value}.", flag)
+
+
+def _check_choice(value: str, choices: tuple[str, ...], flag: str) -> None:
+    if value not in choices:
+        raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.", flag)
+
+
+def _encode_path(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"cannot encode {type(value).__name__}")
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    if kind is Path:
+        return Path(value)
+    raise TypeError(f"cannot decode {kind}")
