@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 # The `_created` series double the number of time series and nothing reads them.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 #: Upper bounds in seconds. The SLO thresholds of alert rules must be exact members.
 TTFT_BUCKETS = (
@@ -52,9 +52,7 @@ class EngineMetrics:
         model = ("model_name",)
 
         def gauge(name: str, help_text: str, labels: tuple[str, ...] = ()) -> Gauge:
-            return Gauge(
-                f"lectern_engine_{name}", help_text, (*model, *labels), registry=registry
-            )
+            return Gauge(f"lectern_engine_{name}", help_text, (*model, *labels), registry=registry)
 
         def counter(name: str, help_text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(
@@ -101,7 +99,9 @@ class EngineMetrics:
             "queue_seconds", "Arrival to the first chunk being planned.", TTFT_BUCKETS
         )
         self._stage_seconds = counter(
-            "stage_seconds_total", "Seconds each pipeline stage spent, by state.", ("stage", "state")
+            "stage_seconds_total",
+            "Seconds each pipeline stage spent, by state.",
+            ("stage", "state"),
         )
         self._microbatch_tokens = counter(
             "microbatch_tokens_total", "Tokens that micro-batches held, by kind.", ("kind",)
@@ -179,9 +179,7 @@ class EngineMetrics:
             self._advance(self._microbatch_tokens, tokens, "tokens", kind=kind)
         for stage, states in stage_seconds.items():
             for state, seconds in states.items():
-                self._advance(
-                    self._stage_seconds, seconds, "stage", stage=str(stage), state=state
-                )
+                self._advance(self._stage_seconds, seconds, "stage", stage=str(stage), state=state)
 
     def _advance(self, counter: Counter, total: float, key: str, **labels: str) -> None:
         full = (key, *labels.values())
