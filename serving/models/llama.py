@@ -1,0 +1,33 @@
+"""Llama 2 and 3 (and models distilled into them): full attention, biases by configuration."""
+
+from __future__ import annotations
+
+from serving.config.model import ModelConfig
+from serving.layers import Attention, DecoderLayer, GatedMLP, Place, RMSNorm
+
+__all__ = ["llama_layer"]
+
+
+def llama_layer(config: ModelConfig, layer: int, place: Place) -> DecoderLayer:
+    """Layer number `layer` of the whole model."""
+    name, hidden, eps = f"model.layers.{layer}", config.hidden_size, config.rms_norm_eps
+    attention = Attention(
+        f"{name}.self_attn",
+        layer,
+        hidden_size=hidden,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        sliding_window=None,
+        place=place,
+    )
+    return DecoderLayer(
+        RMSNorm(f"{name}.input_layernorm", hidden, eps, place),
+        attention,
+        RMSNorm(f"{name}.post_attention_layernorm", hidden, eps, place),
+        GatedMLP(
+            f"{name}.mlp", hidden, config.intermediate_size, bias=config.mlp_bias, place=place
+        ),
+    )

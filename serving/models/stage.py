@@ -1,0 +1,92 @@
+"""A run of layers of one model: what one pipeline stage computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from serving.attention import StepInputs
+from serving.config.model import ModelConfig
+from serving.layers import DecoderLayer, Embedding, Linear, Place, RMSNorm, rotary_table
+from serving.weights import Loadable
+
+__all__ = ["StageModel"]
+
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
+
+
+class StageModel:
+    """Layers `layers` of a model; the first stage also embeds, the last one has norm and head.
+
+    With tied embeddings a stage that is both first and last holds the matrix once, and the first
+    and last stage of several hold a copy each.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range,
+        decoder_layers: Sequence[DecoderLayer],
+        place: Place,
+        *,
+        first: bool,
+        last: bool,
+        max_positions: int,
+    ) -> None:
+        self.config, self.layers, self.first, self.last = config, layers, first, last
+        self.dtype, self.device = place.dtype, place.device
+        self.attention_name = place.attention.name
+        self._layers = list(decoder_layers)
+        self._head: Linear | None = None
+        self._norm: RMSNorm | None = None
+        self._embedding: Embedding | None = None
+        size, hidden = config.vocab_size, config.hidden_size
+        if last:
+            name = _EMBEDDING if config.tie_word_embeddings else _HEAD
+            self._head = Linear([(name, size)], hidden, bias=False, split="column", place=place)
+            self._norm = RMSNorm(_NORM, hidden, config.rms_norm_eps, place)
+        if first and not (last and config.tie_word_embeddings):
+            self._embedding = Embedding(_EMBEDDING, size, hidden, place)
+        self._cos_sin = rotary_table(config.rope, config.head_dim, max_positions, place.device)
+
+    @property
+    def leaves(self) -> list[Loadable]:
+        """Everything that takes weights, in the order of the computation."""
+        ends = [self._embedding] if self._embedding else []
+        tail = [part for part in (self._norm, self._head) if part]
+        return [*ends, *(leaf for layer in self._layers for leaf in layer.leaves), *tail]
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs, hidden: Tensor | None, kv: Sequence[Tensor]) -> Tensor:
+        """One micro-batch through this stage's layers.
+
+        hidden: [T, H] from the stage before, None on the first; kv: one tensor a layer of this
+        stage, [pages, 2, page_size, kv_heads, head_dim], written in place. Returns [T, H] with
+        the residual already added. `hidden` is only read.
+        """
+        if self.first:
+            residual = self._embed(inputs.token_ids)
+        elif hidden is None:
+            raise ValueError("a stage after the first needs the hidden rows of the one before")
+        else:
+            residual = hidden
+        delta: Tensor | None = None
+        for layer, pages in zip(self._layers, kv, strict=True):
+            delta, residual = layer(delta, residual, inputs, pages, self._cos_sin)
+        return residual if delta is None else residual + delta
+
+    @torch.inference_mode()
+    def logits(self, hidden_rows: Tensor) -> Tensor:
+        """Final norm and head of the rows that get a token. [R, H] -> [R, vocab] float32."""
+        if self._head is None or self._norm is None:
+            raise ValueError("only the last stage has a head")
+        return self._head(self._norm(hidden_rows)).float()
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self._embedding is not None:
+            return self._embedding(token_ids)
+        if self._head is None:
+            raise ValueError("only the first stage embeds tokens")
+        return self._head.packed.rows(token_ids)
