@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-all test-gpu lint format clean
+.PHONY: run test test-all test-gpu soak lint format clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Lectern needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Call make with PYTHON=/path/to/python3.11.")'
@@ -35,6 +35,9 @@ test-all: lint
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m tests.soak.gateway
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
