@@ -1,0 +1,1 @@
+"""Course documents: parse, pack into passages, index, retrieve, and build cited prompts."""
