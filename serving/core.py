@@ -156,6 +156,7 @@ class Sequence:
         "pages",
         "preemptions",
         "prompt_len",
+        "registered",
         "request",
         "slot",
         "tokens",
@@ -169,7 +170,8 @@ class Sequence:
         self.order_key = 0  # rank of arrival, given by the scheduler
         self.slot = -1
         self.pages: list[int] = []
-        self.hashes: list[bytes] = []  # chained hashes of the full pages hashed so far
+        self.hashes: list[bytes] = []  # chained keys of its first full pages
+        self.registered = 0  # of them, how many pages were offered to the prefix cache
         self.cached = 0
         self.preemptions = 0
         self.ended = False

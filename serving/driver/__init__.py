@@ -1,0 +1,1 @@
+"""The driver: the one process that decides. It imports no torch."""

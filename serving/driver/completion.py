@@ -1,0 +1,135 @@
+"""Takes finished micro-batches: new tokens, stops, pages that became findable or free."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.core import FinishReason, MicroBatch
+from serving.driver.pages import extend_chain
+from serving.driver.scheduler import Scheduler
+from serving.driver.slots import Int64s
+from serving.errors import EngineDeadError
+from serving.messages import Ended, StepOutputs, StepResult
+
+
+class Completion:
+    """Applies results, in the order of the plans, to the scheduler's state."""
+
+    def __init__(self, scheduler: Scheduler, eos_token_ids: list[int]) -> None:
+        self._scheduler = scheduler
+        self._eos = np.array(sorted(eos_token_ids), dtype=np.int32)
+
+    def finish(self, result: StepResult) -> tuple[MicroBatch, StepOutputs]:
+        """The micro-batch that ended, and what the clients get of it.
+
+        Raises EngineDeadError if the result is not the next one: a gap is fatal.
+        """
+        flight = self._scheduler.in_flight
+        if not flight or flight[0].number != result.number:
+            expected = flight[0].number if flight else "none"
+            raise EngineDeadError(
+                f"The last stage returned micro-batch {result.number} where {expected} was due."
+            )
+        batch = flight.popleft()
+        slots = self._scheduler.slots
+        slots.in_flight[batch.decode_slots] -= 1
+        slots.confirmed[batch.decode_slots] += 1
+        slots.in_flight[batch.prefill_slots] -= 1
+        slots.confirmed[batch.prefill_slots] += batch.prefill_lens
+
+        tokens = np.frombuffer(result.tokens, dtype="<i4")
+        if len(tokens) != len(batch.sampled):
+            raise EngineDeadError(
+                f"Micro-batch {batch.number} sampled {len(tokens)} tokens instead of "
+                f"{len(batch.sampled)}."
+            )
+        rows = np.flatnonzero(slots.alive[batch.sampled])
+        sampled, tokens = batch.sampled[rows], tokens[rows]
+        slots.tokens[sampled, slots.known[sampled]] = tokens
+        slots.known[sampled] += 1
+        self._scheduler.counters.generation_tokens += len(tokens)
+        self._register(batch)
+        shown, ended = self._stops(sampled, tokens)
+        outputs = self._outputs(result, rows, sampled, tokens, shown, ended)
+        self._vacate(batch)
+        return batch, outputs
+
+    def _stops(
+        self, sampled: Int64s, tokens: NDArray[np.int32]
+    ) -> tuple[NDArray[np.bool_], list[Ended]]:
+        """Which tokens are shown (a stop token is not), and which sequences end here."""
+        scheduler = self._scheduler
+        slots = scheduler.slots
+        known = slots.known[sampled]
+        may_stop = known > slots.stop_from[sampled]
+        stops = slots.heeds_eos[sampled] & np.isin(tokens, self._eos) & may_stop
+        for row in np.flatnonzero(slots.has_stop_ids[sampled] & may_stop):
+            wanted = slots[int(sampled[row])].request.params.stop_token_ids
+            stops[row] |= int(tokens[row]) in wanted
+        over = stops | (known == slots.limit[sampled])
+        ended = []
+        for row in np.flatnonzero(over):
+            sequence = slots[int(sampled[row])]
+            reason: FinishReason = "stop" if stops[row] else "length"
+            token = int(tokens[row]) if stops[row] else None
+            ended.append(Ended(sequence.request.stream, reason, token))
+            scheduler.end(sequence, reason)
+        return ~stops, ended
+
+    def _outputs(
+        self,
+        result: StepResult,
+        rows: Int64s,
+        sampled: Int64s,
+        tokens: NDArray[np.int32],
+        shown: NDArray[np.bool_],
+        ended: list[Ended],
+    ) -> StepOutputs:
+        slots = self._scheduler.slots
+        streams = slots.stream[sampled][shown].astype("<i8").tobytes()
+        shown_tokens = tokens[shown].astype("<i4").tobytes()
+        if not result.logprobs:
+            return StepOutputs(streams=streams, tokens=shown_tokens, ended=ended)
+        wanted = np.flatnonzero(slots.wants_logprobs[sampled][shown])
+        source = rows[shown][wanted]
+        k = result.top_k
+        return StepOutputs(
+            streams=streams,
+            tokens=shown_tokens,
+            ended=ended,
+            logprob_rows=wanted.astype("<i4").tobytes(),
+            logprobs=np.frombuffer(result.logprobs, "<f4")[source].tobytes(),
+            top_ids=np.frombuffer(result.top_ids, "<i4").reshape(-1, k)[source].tobytes(),
+            top_logprobs=np.frombuffer(result.top_logprobs, "<f4").reshape(-1, k)[source].tobytes(),
+            top_k=k,
+        )
+
+    def _register(self, batch: MicroBatch) -> None:
+        """Offer pages that are now full of real tokens, written by every stage, to the cache."""
+        scheduler = self._scheduler
+        if not scheduler.caching:
+            return
+        slots, size = scheduler.slots, scheduler.page_size
+        decodes = batch.decode_slots
+        crossed = decodes[(slots.confirmed[decodes] % size == 0) & slots.alive[decodes]]
+        chunks = batch.prefill_slots[slots.alive[batch.prefill_slots]]
+        for slot in (*crossed.tolist(), *chunks.tolist()):
+            sequence = slots[slot]
+            full = int(slots.confirmed[slot]) // size
+            tokens = slots.tokens[slot]
+            extend_chain(sequence.hashes, tokens, sequence.request.cache_salt, size, full)
+            for index in range(sequence.registered, full):
+                chunk = tokens[index * size : (index + 1) * size].tobytes()
+                scheduler.pool.register(sequence.pages[index], sequence.hashes[index], chunk)
+            sequence.registered = max(sequence.registered, full)
+
+    def _vacate(self, batch: MicroBatch) -> None:
+        """Return slots and pages of ended sequences that nothing in flight names any more."""
+        scheduler = self._scheduler
+        slots = scheduler.slots
+        for named in (batch.decode_slots, batch.prefill_slots):
+            for slot in named[~slots.alive[named] & (slots.in_flight[named] == 0)]:
+                sequence = slots.sequences[slot]
+                if sequence is not None:
+                    scheduler.vacate(sequence)

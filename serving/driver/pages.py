@@ -1,0 +1,162 @@
+"""The page pool and the prefix cache.
+
+A page is in one of three states: *free* (holds nothing), *cached* (nobody uses it, its tokens are
+known, so a new prompt may), *in use* (one or more sequences hold it). Free + cached + in use is
+always all pages. Who holds a page is counted; a page returns when its last holder lets go, and the
+scheduler lets go only when no micro-batch in flight names the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.core import Page
+
+
+def chain_start(salt: str) -> bytes:
+    """The key from which a prompt's chain of page keys starts."""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"lectern-salt").digest()
+
+
+def chain_next(parent: bytes, tokens: bytes) -> bytes:
+    """Key of a page whose tokens are `tokens` (int32 bytes) and whose predecessor is `parent`."""
+    return hashlib.blake2b(parent + tokens, digest_size=16).digest()
+
+
+def extend_chain(
+    keys: list[bytes], tokens: NDArray[np.int32], salt: str, page_size: int, num_pages: int
+) -> None:
+    """Append keys until `keys` covers the first `num_pages` pages of `tokens`."""
+    parent = keys[-1] if keys else chain_start(salt)
+    for index in range(len(keys), num_pages):
+        parent = chain_next(parent, tokens[index * page_size : (index + 1) * page_size].tobytes())
+        keys.append(parent)
+
+
+class PagePool:
+    """Pages 0 to num_pages - 1, their holders, and the prefix cache over them.
+
+    `evict_fifo` evicts in the order of registration; otherwise the page that has been unused for
+    longest goes first.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, *, evict_fifo: bool = False) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._evict_fifo = evict_fifo
+        self._holders = np.zeros(num_pages, dtype=np.int32)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._registered: dict[bytes, Page] = {}
+        self._page_of: dict[int, Page] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._registrations = 0
+        self._registered_at: dict[int, int] = {}
+        self._oldest: list[tuple[int, int]] = []  # heap of (registration, page), may be outdated
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        return int(np.count_nonzero(self._holders))
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can hand out now."""
+        return len(self._free) + len(self._cached)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` pages, evicting cached ones if need be; None if there are too few."""
+        if count > self.num_available:
+            return None
+        pages = []
+        for _ in range(count):
+            page = self._free.pop() if self._free else self._evict()
+            self._holders[page] = 1
+            pages.append(page)
+        return pages
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """Become one more holder of cached or used pages, as after a prefix hit."""
+        for page in pages:
+            if self._holders[page] == 0:
+                del self._cached[page]
+            self._holders[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Let go of pages, given in sequence order; the tail becomes evictable before the head."""
+        for page in reversed(pages):
+            holders = self._holders[page] - 1
+            if holders < 0:
+                raise AssertionError(f"page {page} was released more often than held")
+            self._holders[page] = holders
+            if holders == 0:
+                if page in self._page_of:
+                    self._cached[page] = None
+                    if self._evict_fifo:
+                        heapq.heappush(self._oldest, (self._registered_at[page], page))
+                else:
+                    self._free.append(page)
+
+    def register(self, number: int, key: bytes, tokens: bytes) -> None:
+        """Make a full, written page findable. A second page of equal content stays unfindable."""
+        if key in self._registered or number in self._page_of:
+            return
+        page = Page(number, key, tokens)
+        self._registered[key] = page
+        self._page_of[number] = page
+        self._registered_at[number] = self._registrations
+        self._registrations += 1
+
+    def lookup(self, keys: Sequence[bytes], tokens: NDArray[np.int32]) -> list[int]:
+        """The longest run of registered pages that starts `tokens`, whose page keys are `keys`.
+
+        Changes nothing: call `hold` to keep the pages.
+        """
+        pages: list[int] = []
+        size = self.page_size
+        for index, key in enumerate(keys):
+            page = self._registered.get(key)
+            if page is None or page.tokens != tokens[index * size : (index + 1) * size].tobytes():
+                break
+            pages.append(page.number)
+        return pages
+
+    def num_unused(self, pages: Iterable[int]) -> int:
+        """How many of these pages nobody holds, so that holding them makes fewer available."""
+        return sum(1 for page in pages if self._holders[page] == 0)
+
+    def check(self) -> None:
+        """Assert the invariant free + cached + in use == all."""
+        states = np.zeros(self.num_pages, dtype=np.int32)
+        states[self._free] += 1
+        states[list(self._cached)] += 1
+        states[self._holders > 0] += 1
+        if not (states == 1).all():
+            raise AssertionError(f"pages in no or two states: {np.flatnonzero(states != 1)[:10]}")
+        if self._registered.keys() != {page.key for page in self._page_of.values()}:
+            raise AssertionError("the prefix cache disagrees with its index")
+
+    def _evict(self) -> int:
+        if self._evict_fifo:
+            registration, number = heapq.heappop(self._oldest)
+            while number not in self._cached or self._registered_at[number] != registration:
+                registration, number = heapq.heappop(self._oldest)
+            del self._cached[number]
+        else:
+            number, _ = self._cached.popitem(last=False)
+        page = self._page_of.pop(number)
+        del self._registered[page.key]
+        del self._registered_at[number]
+        return number

@@ -1,0 +1,349 @@
+"""Chooses micro-batches: continuous batching, chunked prefill, preemption by recomputation.
+
+The scheduler is plain computation: no sockets, no clock, no model. The driver process runs it
+against stages; a simulation may run it against predicted times.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serving.config.engine import EngineConfig
+from serving.core import Admission, MicroBatch, Request, Sequence, StepPlan
+from serving.driver.order import make_order
+from serving.driver.pages import PagePool, extend_chain
+from serving.driver.slots import Int64s, SlotTable
+from serving.driver.throttle import Load, make_throttle
+from serving.messages import Admitted
+
+_NOTHING: Int64s = np.zeros(0, dtype=np.int64)
+
+
+@dataclass
+class Draft:
+    """The plan being written: what changed since the last one."""
+
+    admitted: list[Admission] = field(default_factory=list)
+    page_slots: list[int] = field(default_factory=list)
+    page_columns: list[int] = field(default_factory=list)
+    page_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Counters:
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: dict[str, int] = field(
+        default_factory=lambda: {"stop": 0, "length": 0, "abort": 0}
+    )
+
+
+class Scheduler:
+    """State of all sequences, and the choice of what runs next.
+
+    `depth` micro-batches may be in flight, one more than there are stages, so that every stage
+    holds the plan of its next micro-batch before it finished the last.
+    """
+
+    def __init__(self, config: EngineConfig, num_pages: int, max_model_len: int) -> None:
+        self.stages = config.pipeline_parallel_size
+        self.depth = self.stages + 1
+        self.page_size = config.page_size
+        self.max_rows = config.max_num_seqs
+        self.caching = config.enable_prefix_caching
+        self.slots = SlotTable(config.max_num_seqs, max_model_len)
+        self.pool = PagePool(
+            num_pages, config.page_size, evict_fifo=config.cache_eviction == "fifo"
+        )
+        self.order = make_order(config.order)
+        self.throttle = make_throttle(config.schedule_policy, config.max_num_batched_tokens)
+        self.in_flight: deque[MicroBatch] = deque()
+        self.streams: dict[int, Sequence] = {}
+        self.counters = Counters()
+        self.admitted: list[Admitted] = []  # first admissions since the client was last told
+        self.epoch = 0
+        self._released: list[int] = []
+        self._arrivals = 0
+        self._next_number = 0
+        self._turn = 0
+        self._waiting_tokens = 0
+
+    # ---- arrivals and departures
+
+    def submit(self, request: Request, now: float) -> Sequence:
+        """Queue a request that passed the door: it fits the context and the pages."""
+        sequence = Sequence(request, np.frombuffer(request.prompt, dtype="<i4"), now)
+        sequence.order_key = self._arrivals
+        self._arrivals += 1
+        self.streams[request.stream] = sequence
+        self.order.push(sequence)
+        self._waiting_tokens += len(sequence.tokens)
+        return sequence
+
+    def abort(self, stream: int) -> None:
+        """Take a sequence out of the next plan. Unknown and ended streams are no error."""
+        sequence = self.streams.get(stream)
+        if sequence is not None:
+            self.end(sequence, "abort")
+
+    def end(self, sequence: Sequence, reason: str) -> None:
+        """The sequence is over. Its slot and pages return once nothing in flight names them."""
+        sequence.ended = True
+        del self.streams[sequence.request.stream]
+        self.counters.finished[reason] += 1
+        self._forget_prefill(sequence)
+        if sequence.slot >= 0:
+            self.slots.alive[sequence.slot] = False
+            self.slots.decoding[sequence.slot] = False
+            if self.slots.in_flight[sequence.slot] == 0:
+                self.vacate(sequence)
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Return slot and pages; only when nothing in flight names them."""
+        slot = sequence.slot
+        self.slots.leave(slot)
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        self._released.append(slot)
+
+    @property
+    def num_running(self) -> int:
+        return int(np.count_nonzero(self.slots.alive))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.streams) - self.num_running
+
+    # ---- the choice
+
+    def choose(self, now: float) -> tuple[MicroBatch, StepPlan] | None:
+        """The next micro-batch and its plan, or None if there is nothing to add to the flight.
+
+        Never None while work is queued and nothing is in flight.
+        """
+        if len(self.in_flight) >= self.depth or not self.streams:
+            return None
+        needs = self.slots.needs_decode()
+        ready = self.slots.ready_to_decode(needs)
+        if not len(ready) and not len(self.order):
+            return None
+        budget = self.throttle.budget(self._load(int(np.count_nonzero(needs)), len(ready)))
+        draft = Draft()
+        decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
+        prefills, lengths = self._take_prefills(
+            budget.prefill_tokens, self.max_rows - len(decodes), draft, now
+        )
+        if not len(decodes) and not prefills:
+            if self.in_flight:
+                return None
+            # Pages ran out for every row that was chosen. Of all running sequences the oldest can
+            # always go on: it may take the pages of all others.
+            ready = self.slots.ready_to_decode(self.slots.needs_decode())
+            decodes = self._take_decodes(ready, len(ready), draft)[: budget.decode_rows]
+            if not len(decodes):
+                allowance = budget.prefill_tokens + budget.decode_rows
+                prefills, lengths = self._take_prefills(allowance, self.max_rows, draft, now)
+        return self._commit(decodes, prefills, lengths, draft)
+
+    def _load(self, decoding: int, ready: int) -> Load:
+        return Load(
+            decoding=decoding,
+            ready=ready,
+            waiting_tokens=self._waiting_tokens,
+            pages_available=self.pool.num_available,
+            num_pages=self.pool.num_pages,
+            groups=self.stages,
+            turn=self._turn,
+        )
+
+    def _take_decodes(self, ready: Int64s, count: int, draft: Draft) -> Int64s:
+        """The first `count` ready slots that have, or can get, a page for their next token."""
+        chosen = ready[:count]
+        slots = self.slots
+        lacking = slots.planned[chosen] == slots.num_pages[chosen] * self.page_size
+        if not lacking.any():
+            return chosen
+        needy = [slots[int(slot)] for slot in chosen[lacking]]
+        needy.sort(key=lambda sequence: sequence.order_key)
+        skipped: set[int] = set()
+        for sequence in needy:
+            if sequence.slot < 0 or sequence.slot in skipped:
+                continue  # preempted by an older one just now
+            page = self._find_page(sequence, skipped)
+            if page is None:
+                skipped.add(sequence.slot)
+                continue
+            draft.page_slots.append(sequence.slot)
+            draft.page_columns.append(len(sequence.pages))
+            draft.page_ids.append(page)
+            sequence.pages.append(page)
+            slots.num_pages[sequence.slot] += 1
+        if skipped:
+            chosen = chosen[~np.isin(chosen, list(skipped))]
+        return chosen
+
+    def _find_page(self, sequence: Sequence, skipped: set[int]) -> int | None:
+        """A page for a sequence, preempting younger ones that are not in flight if need be."""
+        while True:
+            pages = self.pool.allocate(1)
+            if pages is not None:
+                return pages[0]
+            victim = self._youngest_at_rest(sequence.order_key)
+            if victim is None:
+                return None
+            skipped.add(victim.slot)
+            self._preempt(victim)
+
+    def _youngest_at_rest(self, younger_than: int) -> Sequence | None:
+        """The youngest running sequence that no micro-batch in flight names, if young enough."""
+        slots = self.slots
+        at_rest = np.flatnonzero(slots.alive & (slots.in_flight == 0))
+        victim = max(
+            (slots[int(slot)] for slot in at_rest),
+            key=lambda sequence: sequence.order_key,
+            default=None,
+        )
+        return victim if victim is not None and victim.order_key > younger_than else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all pages away; the sequence is computed again from its tokens later."""
+        slot = sequence.slot
+        slots = self.slots
+        self._forget_prefill(sequence)
+        sequence.tokens = slots.tokens[slot, : slots.known[slot]].copy()
+        sequence.registered = 0
+        sequence.preemptions += 1
+        self.counters.preemptions += 1
+        self.vacate(sequence)
+        self._waiting_tokens += len(sequence.tokens)
+        self.order.push(sequence)
+
+    def _forget_prefill(self, sequence: Sequence) -> None:
+        """Take a sequence out of the order if its prefill is not planned to its end."""
+        slot = sequence.slot
+        if slot < 0:
+            self._waiting_tokens -= len(sequence.tokens)
+            self.order.discard(sequence)
+        elif self.slots.planned[slot] < self.slots.target[slot]:
+            self._waiting_tokens -= int(self.slots.target[slot] - self.slots.planned[slot])
+            self.order.discard(sequence)
+
+    def _take_prefills(
+        self, budget: int, rows: int, draft: Draft, now: float
+    ) -> tuple[list[int], list[int]]:
+        """Prefill chunks in the order of service, admitting sequences as slots and pages allow."""
+        taken: list[int] = []
+        lengths: list[int] = []
+        if budget <= 0:
+            return taken, lengths
+        slots = self.slots
+        # When the next in order cannot enter, nobody behind it may, but who is in goes on.
+        entered = int(np.count_nonzero(slots.alive & ~slots.decoding))
+        full = False
+        for sequence in self.order.ranked(now):
+            if budget <= 0 or len(taken) >= rows or (full and not entered):
+                break
+            if sequence.slot >= 0:
+                entered -= 1
+            elif full or not self._admit(sequence, draft):
+                full = True
+                continue
+            slot = sequence.slot
+            length = min(budget, int(slots.target[slot] - slots.planned[slot]))
+            taken.append(slot)
+            lengths.append(length)
+            budget -= length
+        return taken, lengths
+
+    def _admit(self, sequence: Sequence, draft: Draft) -> bool:
+        """Give a slot and the pages of all its known tokens, after the prefix hit; or False."""
+        slots, pool, size = self.slots, self.pool, self.page_size
+        if not slots.free:
+            return False
+        tokens = sequence.tokens
+        hits: list[int] = []
+        if self.caching:
+            # At least one token is always computed, as its logits are needed.
+            full = (len(tokens) - 1) // size
+            salt = sequence.request.cache_salt
+            extend_chain(sequence.hashes, tokens, salt, size, full)
+            hits = pool.lookup(sequence.hashes[:full], tokens)
+        count = -(-len(tokens) // size) - len(hits)
+        spare = 0 if slots.num_entered == 0 else 1 + pool.num_pages // 128
+        if count + pool.num_unused(hits) + spare > pool.num_available:
+            return False
+        pool.hold(hits)
+        fresh = pool.allocate(count)
+        if fresh is None:
+            raise AssertionError("the pool promised pages that it does not have")
+        sequence.pages = hits + fresh
+        sequence.registered = len(hits)
+        cached = len(hits) * size
+        slot = slots.enter(sequence, cached)
+        self._waiting_tokens -= cached
+        if sequence.preemptions == 0:
+            sequence.cached = cached
+            self.counters.prompt_tokens += len(tokens)
+            self.counters.cached_prompt_tokens += cached
+            self.admitted.append(Admitted(sequence.request.stream, cached))
+        draft.page_slots.extend([slot] * len(sequence.pages))
+        draft.page_columns.extend(range(len(sequence.pages)))
+        draft.page_ids.extend(sequence.pages)
+        draft.admitted.append(
+            Admission(
+                slot=slot,
+                num_tokens=len(tokens),
+                computed=cached,
+                prompt_len=sequence.prompt_len,
+                tokens=tokens.astype("<i4", copy=False).tobytes(),
+                params=sequence.request.params,
+                choice=sequence.request.choice,
+            )
+        )
+        return True
+
+    def _commit(
+        self, decodes: Int64s, prefills: list[int], lengths: list[int], draft: Draft
+    ) -> tuple[MicroBatch, StepPlan] | None:
+        """Enter the choice into the arrays and write the plan."""
+        if not len(decodes) and not prefills:
+            return None
+        slots = self.slots
+        slots.planned[decodes] += 1
+        chunk_slots = np.array(prefills, dtype=np.int64) if prefills else _NOTHING
+        chunk_lengths = np.array(lengths, dtype=np.int64) if prefills else _NOTHING
+        sampled = decodes
+        if prefills:
+            slots.planned[chunk_slots] += chunk_lengths
+            self._waiting_tokens -= int(chunk_lengths.sum())
+            whole = chunk_slots[slots.planned[chunk_slots] == slots.target[chunk_slots]]
+            for slot in whole:
+                self.order.discard(slots[int(slot)])
+            slots.decoding[whole] = True
+            sampled = np.concatenate((decodes, whole))
+        batch = MicroBatch(self._next_number, decodes, chunk_slots, chunk_lengths, sampled)
+        for named in (decodes, chunk_slots):
+            slots.in_flight[named] += 1
+            slots.planned_in[named] = batch.number
+        self.in_flight.append(batch)
+        self._next_number += 1
+        self._turn += 1
+        plan = StepPlan(
+            number=batch.number,
+            epoch=self.epoch,
+            decode_slots=decodes.astype("<u2").tobytes(),
+            prefill_slots=chunk_slots.astype("<u2").tobytes(),
+            prefill_lens=chunk_lengths.astype("<u4").tobytes(),
+            page_slots=np.array(draft.page_slots, dtype="<u2").tobytes(),
+            page_columns=np.array(draft.page_columns, dtype="<u4").tobytes(),
+            page_ids=np.array(draft.page_ids, dtype="<u4").tobytes(),
+            released=np.array(self._released, dtype="<u2").tobytes(),
+            admitted=draft.admitted,
+        )
+        self._released.clear()
+        return batch, plan

@@ -1,0 +1,221 @@
+"""Typed messages between the processes of one engine, as msgpack over zmq.
+
+    client process  --Submit, Abort, Stop-->  driver  --AllocateKv, StepPlan, Shutdown-->  stages
+    client process  <--Ready, StepOutputs...  driver  <--StepResult, StageStats, ...----   stages
+
+Arrays travel as little-endian bytes. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+from serving.config.engine import EngineConfig
+from serving.core import FinishReason, Layout, Request, StepPlan
+
+# ---- client process to driver
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    stream: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End the engine: the driver shuts the stages down and exits."""
+
+
+ToDriver = Union[Submit, Abort, Stop]
+
+
+# ---- driver to client process
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """A line for people while the engine starts."""
+
+    text: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine can produce tokens."""
+
+    num_pages: int
+    max_model_len: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine ended by itself. `kind` says which exception a start raises."""
+
+    reason: str
+    kind: str = "dead"  # "config", "model" or "dead"
+    flag: str | None = None
+
+
+class Admitted(msgspec.Struct, frozen=True, array_like=True):
+    """A stream left the queue; `cached_tokens` of its prompt came from the prefix cache."""
+
+    stream: int
+    cached_tokens: int
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    stream: int
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+class StepOutputs(msgspec.Struct, kw_only=True, frozen=True, tag="outputs"):
+    """New tokens: tokens[i] (int32) belongs to streams[i] (int64).
+
+    Tokens of streams that asked for logprobs come with them: `logprob_rows[j]` is the index i of
+    row j of `logprobs` (float32), whose alternatives are `top_ids` and `top_logprobs`, [rows, k].
+    """
+
+    streams: bytes = b""
+    tokens: bytes = b""
+    admitted: list[Admitted] = []
+    ended: list[Ended] = []
+    logprob_rows: bytes = b""
+    logprobs: bytes = b""
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+    top_k: int = 0
+
+
+class StageSeconds(msgspec.Struct, kw_only=True):
+    """Where a stage's time went, in seconds since it started.
+
+    `busy`: building inputs, running layers, sampling. `wait_input`: has a plan, waits for its
+    activations or tokens. `wait_link`: waits until an earlier send has left the buffer it needs.
+    `idle`: has no plan.
+    """
+
+    busy: float = 0.0
+    wait_input: float = 0.0
+    wait_link: float = 0.0
+    idle: float = 0.0
+
+
+class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
+    """A picture of the engine; counters count since its start.
+
+    `microbatches` lists [decode tokens, prefill tokens] of each micro-batch since the last picture.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_used: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: dict[str, int] = {}
+    in_flight: int = 0
+    microbatches: list[tuple[int, int]] = []
+    stages: list[StageSeconds] = []
+
+
+ToClient = Union[Progress, Ready, Failed, StepOutputs, EngineStats]
+
+
+# ---- driver to stage
+
+
+class AllocateKv(msgspec.Struct, frozen=True, tag="kv"):
+    """Every stage has loaded: make `num_pages` KV pages a layer and warm up.
+
+    `max_model_len` tokens is the longest sequence, which sizes the page table.
+    """
+
+    num_pages: int
+    max_model_len: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    pass
+
+
+ToStage = Union[AllocateKv, StepPlan, Shutdown]
+
+
+# ---- stage to driver
+
+
+class StageProgress(msgspec.Struct, frozen=True, tag="progress"):
+    stage: int
+    text: str
+
+
+class StageLoaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """Weights are in place; `max_pages` KV pages fit into this stage's memory budget."""
+
+    stage: int
+    max_pages: int
+
+
+class StageStarted(msgspec.Struct, frozen=True, tag="started"):
+    stage: int
+
+
+class StageStats(msgspec.Struct, frozen=True, tag="stats"):
+    stage: int
+    seconds: StageSeconds
+
+
+class StageFailed(msgspec.Struct, frozen=True, tag="failed"):
+    stage: int
+    kind: str
+    message: str
+
+
+class StepResult(msgspec.Struct, kw_only=True, frozen=True, tag="result"):
+    """Micro-batch `number` is finished; `tokens` (int32) in the order of its sampled rows.
+
+    Log probabilities cover all rows when any row asked for them: `logprobs` float32 [rows],
+    `top_ids` int32 and `top_logprobs` float32 [rows, top_k].
+    """
+
+    number: int
+    tokens: bytes = b""
+    logprobs: bytes = b""
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+    top_k: int = 0
+
+
+FromStage = Union[StageProgress, StageLoaded, StageStarted, StageStats, StageFailed, StepResult]
+
+
+# ---- what a child process reads from its standard input at start
+
+
+class DriverSpec(msgspec.Struct, kw_only=True, frozen=True):
+    config: EngineConfig
+    directory: str
+    parent_pid: int
+    layout: Layout
+    vocab_size: int
+    eos_token_ids: list[int]
+    context_length: int
+
+
+class StageSpec(msgspec.Struct, kw_only=True, frozen=True):
+    config: EngineConfig
+    directory: str
+    parent_pid: int
+    layout: Layout
+    stage: int
+    threads: int
+
+
+def socket_address(directory: str, name: str) -> str:
+    """Address of a group's ipc socket: `driver`, `client`, `results`, `plans-0`, `plans-1`..."""
+    return f"ipc://{directory}/{name}"
