@@ -24,10 +24,11 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return found.values, found.indices
     blocks = logits[:, : whole * _BLOCK].view(rows, whole, _BLOCK)
     chosen = blocks.amax(-1).topk(count, dim=-1).indices
-    inside = torch.arange(_BLOCK, device=logits.device)
-    ids = (chosen.unsqueeze(2) * _BLOCK + inside).view(rows, -1)
-    if whole * _BLOCK < vocab:
-        rest = torch.arange(whole * _BLOCK, vocab, device=logits.device)
-        ids = torch.cat((ids, rest.expand(rows, -1)), dim=1)
-    found = logits.gather(1, ids).topk(count, dim=-1)
-    return found.values, ids.gather(1, found.indices)
+    row = torch.arange(rows, device=logits.device).unsqueeze(1)
+    values = torch.cat((blocks[row, chosen].view(rows, -1), logits[:, whole * _BLOCK :]), dim=1)
+    found = values.topk(count, dim=-1)
+    # Behind the chosen blocks stands the rest of the vocabulary that fills no block.
+    block, offset = found.indices // _BLOCK, found.indices % _BLOCK
+    in_block = chosen.gather(1, block.clamp_max(count - 1)) * _BLOCK + offset
+    in_rest = found.indices - count * _BLOCK + whole * _BLOCK
+    return found.values, torch.where(block < count, in_block, in_rest)

@@ -15,71 +15,91 @@ from serving.sampling.candidates import largest
 
 __all__ = ["logit_floor"]
 
-_FIRST_CANDIDATES = 128
-_GROWTH = 8
+_FIRST_LOOK = 128
+_BINS = 2048
+# Tokens this many e-folds below the best add nothing to a sum in float64.
+_DEPTH = 60.0
 
 
 def logit_floor(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_top_k: int
+    logits: Tensor,
+    mass: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    max_top_k: int,
 ) -> Tensor:
     """The lowest logit each row keeps. logits: [R, V] float32; returns [R] float32.
 
-    temperature: [R] above 0; top_k: [R] int64, 0 for off; top_p: [R], 1 for off; min_p: [R], 0 for
-    off; max_top_k: the largest top_k of all rows, known on the host. In order, as in transformers:
-    temperature, top-k, top-p of what top-k left, min-p.
+    mass: [R, V], softmax(logits / temperature); temperature: [R] above 0; top_k: [R] int64, 0 for
+    off and at most V; top_p: [R], 1 for off; min_p: [R], 0 for off; max_top_k: the largest top_k,
+    known on the host. In order, as in transformers: temperature, top-k, top-p of what top-k left,
+    min-p.
     """
-    rows, vocab = logits.shape
-    top_k = torch.where(top_k >= vocab, 0, top_k)
-    highest = logits.amax(-1)
-    floor = highest + temperature * min_p.log()
-    has_k, has_p = top_k > 0, top_p < 1.0
-    wanted = torch.nonzero(has_k | has_p).squeeze(1)
-    # Only a top-p without top-k can need more candidates than the first look gives.
-    count = min(max(_FIRST_CANDIDATES, max_top_k if max_top_k < vocab else 0), vocab)
-    total = torch.zeros(rows, dtype=torch.float64, device=logits.device)
-    open_ended = torch.nonzero(has_p & ~has_k).squeeze(1)
-    if open_ended.numel():
-        scaled = (logits[open_ended] - highest[open_ended, None]) / temperature[open_ended, None]
-        total[open_ended] = scaled.exp_().sum(-1).double()
-    while wanted.numel():
-        candidates, _ = largest(logits[wanted] if wanted.numel() < rows else logits, count)
-        bound, enough = _bound(
-            candidates,
-            temperature[wanted],
-            top_k[wanted],
-            top_p[wanted].double(),
-            total[wanted],
-        )
-        if count == vocab:
-            enough = torch.ones_like(enough)
-        done = wanted[enough]
-        floor[done] = torch.maximum(floor[done], bound[enough])
-        wanted = wanted[~enough]
-        # Beyond an eighth of the vocabulary one full sort is cheaper than another look.
-        count = count * _GROWTH if count * _GROWTH * 8 <= vocab else vocab
+    best = mass.amax(-1)
+    floor = logits.amax(-1) + temperature * min_p.log()
+    if max_top_k:
+        at = torch.nonzero(top_k > 0).squeeze(1)
+        values, _ = largest(logits[at], max_top_k)
+        bound = _among_top_k(values, temperature[at], top_k[at], top_p[at].double())
+        floor[at] = torch.maximum(floor[at], bound)
+    at = torch.nonzero((top_k == 0) & (top_p < 1.0)).squeeze(1)
+    if at.numel():
+        # The best token's share of the whole gives the mass of the whole relative to it.
+        target = top_p[at].double() / best[at].double()
+        values, _ = largest(logits[at], min(_FIRST_LOOK, logits.shape[1]))
+        bound, enough = _first_look(values, temperature[at], target)
+        for row in torch.nonzero(~enough).squeeze(1).tolist():
+            one = at[row]
+            bound[row] = _by_histogram(logits[one], temperature[one], target[row])
+        floor[at] = torch.maximum(floor[at], bound)
     return floor
 
 
-def _bound(
-    candidates: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The bound of top-k and top-p within sorted candidates [R, C], and whether C were enough.
-
-    `total` is the mass of the whole vocabulary relative to the largest logit, for rows without
-    top-k.
-    """
-    count = candidates.shape[1]
-    limited = top_k > 0
-    kept = torch.where(limited, top_k.clamp_max(count), count)
-    at = torch.arange(count, device=candidates.device)
-    weights = ((candidates - candidates[:, :1]) / temperature.unsqueeze(1)).double().exp()
-    weights.masked_fill_(at >= kept.unsqueeze(1), 0.0)
+def _among_top_k(values: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The bound of top-k and of top-p within it; values: the largest logits [R, C], sorted."""
+    within = torch.arange(values.shape[1], device=values.device) < top_k.unsqueeze(1)
+    weights = _weights(values, temperature) * within
     ends = weights.cumsum(-1)
-    target = top_p * torch.where(limited, ends[:, -1], total)
-    # Keep a token while the mass before it falls short of the target; the first one always.
-    short = (ends - weights < target.unsqueeze(1)) & (at < kept.unsqueeze(1))
-    short |= (top_p >= 1.0).unsqueeze(1) & (at < kept.unsqueeze(1))
-    needed = short.sum(-1).clamp_min(1)
-    bound = candidates.gather(1, (needed - 1).unsqueeze(1)).squeeze(1)
-    enough = limited | (needed < count) | (ends[:, -1] >= target)
-    return bound, enough
+    target = top_p.unsqueeze(1) * ends[:, -1:]
+    # A token stays while the mass before it falls short of the target; the first one always.
+    short = (ends - weights < target) | (top_p >= 1.0).unsqueeze(1)
+    needed = (short & within).sum(-1).clamp_min(1)
+    return values.gather(1, (needed - 1).unsqueeze(1)).squeeze(1)
+
+
+def _first_look(values: Tensor, temperature: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound of top-p if these sorted logits [R, C] hold enough mass, and whether they do."""
+    ends = _weights(values, temperature).cumsum(-1)
+    needed = (ends < target.unsqueeze(1)).sum(-1)
+    enough = needed < values.shape[1]
+    at = needed.clamp_max(values.shape[1] - 1)
+    return values.gather(1, at.unsqueeze(1)).squeeze(1), enough
+
+
+def _weights(values: Tensor, temperature: Tensor) -> Tensor:
+    """Mass relative to the first value's."""
+    return ((values - values[:, :1]) / temperature.unsqueeze(1)).double().exp()
+
+
+def _by_histogram(logits: Tensor, temperature: Tensor, target: Tensor) -> Tensor:
+    """The bound of top-p for one flat row [V]: find the bin where the mass is reached, sort that.
+
+    A full sort of a large vocabulary takes some ten times as long.
+    """
+    high = logits.max()
+    low = torch.maximum(logits.min(), high - _DEPTH * temperature)
+    weights = ((logits - high) / temperature).double().exp()
+    if not bool(high > low):
+        return high
+    bins = ((logits - low) * ((_BINS - 1) / (high - low))).clamp_(0, _BINS - 1).long()
+    above = torch.bincount(bins, weights, _BINS).flip(0).cumsum(0)
+    # From the top, the first bin at whose end the target is reached (the last one by rounding).
+    found = int((above < target).sum().clamp_max(_BINS - 1))
+    inside = logits[bins == _BINS - 1 - found].sort(descending=True).values
+    if inside.numel() == 0:
+        return logits.min()
+    before = above[found - 1] if found else torch.zeros_like(target)
+    ends = before + ((inside - high) / temperature).double().exp().cumsum(0)
+    return inside[int((ends < target).sum().clamp_max(inside.numel() - 1))]

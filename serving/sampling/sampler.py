@@ -184,22 +184,31 @@ class Sampler:
         u = torch.from_numpy(uniforms(self._keys[rows], places)).to(self._device)
         warmth = self._temperature[rows]
         temperature = torch.from_numpy(warmth).to(self._device)
-        floor: Tensor | None = None
+        scaled = logits if (warmth == 1.0).all() else logits / temperature.unsqueeze(1)
+        mass = torch.softmax(scaled, dim=-1)
         filtered = (flags & _FILTER) > 0
-        if filtered.any():
-            some = rows[filtered]
+        if filtered.all():
+            mass.mul_(logits >= self._floor(logits, mass, temperature, rows).unsqueeze(1))
+        elif filtered.any():
             at = self._indices(filtered)
-            bound = logit_floor(
-                logits if filtered.all() else logits[at],
-                temperature[at],
-                torch.from_numpy(self._top_k[some]).to(self._device),
-                torch.from_numpy(self._top_p[some]).to(self._device),
-                torch.from_numpy(self._min_p[some]).to(self._device),
-                int(self._top_k[some].max()),
-            )
-            floor = torch.full((len(rows),), -torch.inf, device=self._device)
-            floor[at] = bound
-        return draw(logits, None if (warmth == 1.0).all() else temperature, floor, u)
+            some, some_mass = logits[at], mass[at]
+            floor = self._floor(some, some_mass, temperature[at], rows[filtered])
+            mass[at] = some_mass.mul_(some >= floor.unsqueeze(1))
+        return draw(mass, u)
+
+    def _floor(
+        self, logits: Tensor, mass: Tensor, temperature: Tensor, rows: NDArray[np.int64]
+    ) -> Tensor:
+        top_k = self._top_k[rows]
+        return logit_floor(
+            logits,
+            mass,
+            temperature,
+            torch.from_numpy(top_k).to(self._device),
+            torch.from_numpy(self._top_p[rows]).to(self._device),
+            torch.from_numpy(self._min_p[rows]).to(self._device),
+            int(top_k.max()),
+        )
 
     def _with_logprobs(
         self,
