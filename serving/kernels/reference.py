@@ -33,9 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`total = x + residual`; returns `(rms_norm(total), total)`. All [T, H]."""
     total = x + residual
     return rms_norm(total, weight, eps), total
