@@ -1,0 +1,1 @@
+"""The pages: chat, search, keys, course documents, users and monitoring. Speaks HTTP to the backend."""

@@ -1,0 +1,5 @@
+export default function ({ data }) {
+  if (data.target === "/login" || data.target === "/password") {
+    window.location.replace(data.target);
+  }
+}
