@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from serving import kernels
 from serving.attention.base import AttentionBackend, StepInputs
 from serving.attention.kernel import KernelAttention
 from serving.attention.torch_reference import TorchAttention
@@ -19,4 +20,6 @@ __all__ = [
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """The fastest backend that serves this device and dtype."""
+    if device.type == "cpu" and dtype is torch.bfloat16 and kernels.native() is not None:
+        return KernelAttention()
     return TorchAttention()

@@ -37,7 +37,7 @@ class Attention:
     ) -> None:
         self._layer, self._backend = layer, place.attention
         self._heads, self._kv_heads, self._dim = num_heads, num_kv_heads, head_dim
-        self._window, self._scale = sliding_window, head_dim**-0.5
+        self.sliding_window, self._scale = sliding_window, head_dim**-0.5
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         self._q_end, self._k_end = q_size, q_size + kv_size
         parts = [
@@ -50,11 +50,12 @@ class Attention:
             [(f"{name}.o_proj", hidden_size)], q_size, bias=output_bias, split="row", place=place
         )
         self.leaves: list[Linear | RMSNorm] = [self.qkv, self.output]
-        self._q_norm = self._k_norm = None
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
         if qk_norm_eps is not None:
-            self._q_norm = RMSNorm(f"{name}.q_norm", head_dim, qk_norm_eps, place)
-            self._k_norm = RMSNorm(f"{name}.k_norm", head_dim, qk_norm_eps, place)
-            self.leaves += [self._q_norm, self._k_norm]
+            self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, qk_norm_eps, place)
+            self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, qk_norm_eps, place)
+            self.leaves += [self.q_norm, self.k_norm]
 
     def __call__(self, x: Tensor, inputs: StepInputs, kv: Tensor, cos_sin: Tensor) -> Tensor:
         """x: [T, hidden]; kv: this layer's pages, written in place; cos_sin: the rotary table."""
@@ -69,11 +70,11 @@ class Attention:
             kv,
             inputs.slot_mapping,
             inputs.page_size,
-            q_norm=None if self._q_norm is None else self._q_norm.weight,
-            k_norm=None if self._k_norm is None else self._k_norm.weight,
-            eps=1e-6 if self._q_norm is None else self._q_norm.eps,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=1e-6 if self.q_norm is None else self.q_norm.eps,
         )
         attended = self._backend.forward(
-            q, kv, inputs, scale=self._scale, sliding_window=self._window, layer=self._layer
+            q, kv, inputs, scale=self._scale, sliding_window=self.sliding_window, layer=self._layer
         )
         return self.output(attended.view(tokens, self._q_end))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from serving import kernels
 from serving.attention import StepInputs
 from serving.layers.attention import Attention
 from serving.layers.mlp import GatedMLP
@@ -26,6 +27,21 @@ class DecoderLayer:
         self._attention_norm, self._attention = attention_norm, attention
         self._mlp_norm, self._mlp = mlp_norm, mlp
         self.leaves: list[Loadable] = [attention_norm, *attention.leaves, mlp_norm, *mlp.leaves]
+
+    def fused_weights(self) -> kernels.DecoderWeights:
+        """The loaded weights, for a kernel that runs whole layers."""
+        attention, mlp = self._attention, self._mlp
+        return kernels.DecoderWeights(
+            input_norm=self._attention_norm.weight,
+            qkv=attention.qkv.packed,
+            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
+            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            output=attention.output.packed,
+            post_norm=self._mlp_norm.weight,
+            gate_up=mlp.gate_up.packed,
+            down=mlp.down.packed,
+            sliding_window=attention.sliding_window,
+        )
 
     def __call__(
         self,

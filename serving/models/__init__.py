@@ -64,4 +64,5 @@ def build_stage(
         device=place.device,
         progress=progress,
     )
+    model.fuse()
     return model

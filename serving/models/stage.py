@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from serving import kernels
 from serving.attention import StepInputs
 from serving.config.model import ModelConfig
 from serving.layers import DecoderLayer, Embedding, Linear, Place, RMSNorm, rotary_table
@@ -49,6 +50,7 @@ class StageModel:
             self._norm = RMSNorm(_NORM, hidden, config.rms_norm_eps, place)
         if first and not (last and config.tie_word_embeddings):
             self._embedding = Embedding(_EMBEDDING, size, hidden, place)
+        self._whole: kernels.NativeStage | None = None
         self._cos_sin = rotary_table(config.rope, config.head_dim, max_positions, place.device)
 
     @property
@@ -57,6 +59,24 @@ class StageModel:
         ends = [self._embedding] if self._embedding else []
         tail = [part for part in (self._norm, self._head) if part]
         return [*ends, *(leaf for layer in self._layers for leaf in layer.leaves), *tail]
+
+    def fuse(self) -> None:
+        """Call once all weights are loaded: from then on the layers run as one native call, where
+        the machine, the dtype and the sizes allow it."""
+        config = self.config
+        self._whole = kernels.native_stage(
+            [layer.fused_weights() for layer in self._layers],
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether the layers run as one native call."""
+        return self._whole is not None
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, hidden: Tensor | None, kv: Sequence[Tensor]) -> Tensor:
@@ -72,6 +92,18 @@ class StageModel:
             raise ValueError("a stage after the first needs the hidden rows of the one before")
         else:
             residual = hidden
+        if self._whole is not None:
+            return self._whole(
+                residual,
+                kv,
+                self._cos_sin,
+                positions=inputs.positions,
+                slot_mapping=inputs.slot_mapping,
+                query_starts=inputs.query_starts,
+                context_lens=inputs.context_lens,
+                page_tables=inputs.page_tables,
+                page_size=inputs.page_size,
+            )
         delta: Tensor | None = None
         for layer, pages in zip(self._layers, kv, strict=True):
             delta, residual = layer(delta, residual, inputs, pages, self._cos_sin)
@@ -82,7 +114,7 @@ class StageModel:
         """Final norm and head of the rows that get a token. [R, H] -> [R, vocab] float32."""
         if self._head is None or self._norm is None:
             raise ValueError("only the last stage has a head")
-        return self._head(self._norm(hidden_rows)).float()
+        return self._head.packed.float32(self._norm(hidden_rows))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._embedding is not None:
