@@ -1,0 +1,1 @@
+"""The engine's HTTP door: an OpenAI-style API over `serving.engine.Engine`."""

@@ -1,0 +1,210 @@
+"""The model that this process serves: its engine, its tokenizer, and what state they are in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from monitoring.metrics import EngineMetrics
+from serving.api.errors import NotReadyError
+from serving.api.logs import log
+from serving.core import SamplingParams, TokenOutput
+from serving.errors import ConfigError, LecternError, ModelError
+from serving.tokenizer import Tokenizer
+
+#: Restarts in a row that may fail before the process gives up.
+MAX_FAILED_RESTARTS = 5
+
+State = Literal["starting", "ready", "restarting", "stopping", "failed"]
+
+
+class EngineLike(Protocol):
+    """What the API needs of `serving.engine.Engine`."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def stats(self) -> Any: ...
+
+    def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        choice: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[TokenOutput]: ...
+
+    async def wait_dead(self) -> str: ...
+
+    async def restart(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What does not change while the process lives. `created` is in Unix seconds."""
+
+    name: str
+    tokenizer: Tokenizer | None
+    untrained: bool = False
+    created: int = 0
+
+
+class ModelService:
+    """Owns the engine: starts it, watches it, restarts it when it dies, closes it.
+
+    `on_failure` is called once when restarting has been given up.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        start_engine: Callable[[], Awaitable[EngineLike]],
+        metrics: EngineMetrics,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.metrics = metrics
+        self.state: State = "starting"
+        self._start_engine = start_engine
+        self._on_failure = on_failure
+        self._engine: EngineLike | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._seen_stats: Any = None
+        self._microbatches = 0
+        self._microbatch_tokens = {"prefill": 0, "decode": 0}
+
+    async def start(self) -> None:
+        """Start the engine and make it produce one token. Raises what the engine raises."""
+        self._engine = await self._start_engine()
+        await self._produce_a_token()
+        self._become_ready()
+        self._watcher = asyncio.create_task(self._watch())
+
+    @property
+    def engine(self) -> EngineLike:
+        """The engine, ready. Raises NotReadyError while it is not."""
+        if self.state == "ready" and self._engine is not None:
+            return self._engine
+        if self.state == "restarting":
+            raise NotReadyError(
+                "The engine is being restarted; send the request again in a few seconds.",
+                "engine_restarting",
+            )
+        if self.state == "starting":
+            raise NotReadyError(
+                "The engine is starting; send the request again in a few seconds.",
+                "engine_starting",
+            )
+        raise NotReadyError("The engine is stopping.", "engine_stopping")
+
+    async def close(self) -> None:
+        """Stop the engine; open streams end with an error event."""
+        self.state = "stopping"
+        self.metrics.set_up(False)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.close()
+
+    def _become_ready(self) -> None:
+        self.state = "ready"
+        self.metrics.set_up(True)
+
+    async def _produce_a_token(self) -> None:
+        assert self._engine is not None
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        async for _ in self._engine.generate([0], params, request_id="start"):
+            pass
+
+    async def _watch(self) -> None:
+        assert self._engine is not None
+        while True:
+            reason = await self._engine.wait_dead()
+            self.state = "restarting"
+            self.metrics.set_up(False)
+            log(logging.ERROR, "the engine died and is being restarted", reason=reason)
+            began = time.monotonic()
+            if not await self._restart():
+                return
+            self._become_ready()
+            took = time.monotonic() - began
+            log(logging.WARNING, "the engine is ready again", seconds=took)
+
+    async def _restart(self) -> bool:
+        assert self._engine is not None
+        for attempt in range(1, MAX_FAILED_RESTARTS + 1):
+            try:
+                self._forget_stats()
+                self.metrics.count_restart()
+                await self._engine.restart()
+                await self._produce_a_token()
+                return True
+            except LecternError as error:
+                log(
+                    logging.ERROR,
+                    "the engine could not be restarted",
+                    attempt=f"{attempt}/{MAX_FAILED_RESTARTS}",
+                    reason=str(error),
+                )
+                lasting = isinstance(error, ConfigError | ModelError)
+                if lasting or attempt == MAX_FAILED_RESTARTS:
+                    self.state = "failed"
+                    if self._on_failure is not None:
+                        self._on_failure(str(error))
+                    return False
+            await asyncio.sleep(min(2.0 ** (attempt - 1), 15.0))
+        return False
+
+    def _forget_stats(self) -> None:
+        self._seen_stats = None
+        self._microbatches = 0
+        self._microbatch_tokens = {"prefill": 0, "decode": 0}
+
+    def take_stats(self, stats: Any) -> None:
+        """Store a picture of the driver in the metrics; the same picture counts once."""
+        if stats is None or stats is self._seen_stats:
+            return
+        self._seen_stats = stats
+        for decode, prefill in stats.microbatches:
+            self._microbatches += 1
+            self._microbatch_tokens["decode"] += decode
+            self._microbatch_tokens["prefill"] += prefill
+        self.metrics.set_driver_totals(
+            running=stats.running,
+            waiting=stats.waiting,
+            pages={
+                "free": stats.pages_free,
+                "cached": stats.pages_cached,
+                "used": stats.pages_used,
+            },
+            preemptions=stats.preemptions,
+            microbatches=self._microbatches,
+            microbatch_tokens=self._microbatch_tokens,
+            stage_seconds={
+                number: {
+                    "busy": stage.busy,
+                    "wait_input": stage.wait_input,
+                    "wait_link": stage.wait_link,
+                    "idle": stage.idle,
+                }
+                for number, stage in enumerate(stats.stages)
+            },
+        )
+
+    def render_metrics(self) -> tuple[bytes, str]:
+        if self._engine is not None:
+            self.take_stats(self._engine.stats)
+        return self.metrics.render()
