@@ -175,6 +175,8 @@ class SentenceEmbedder:
         # Longest first keeps padding small; the order of the result is that of `texts`.
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         done = 0
+        if progress is not None:
+            progress(0, len(texts))
         for first in range(0, len(order), _BATCH):
             chosen = order[first : first + _BATCH]
             with self._lock:
