@@ -128,14 +128,14 @@ class Request(msgspec.Struct, kw_only=True, frozen=True):
 
     `stream` is the number under which outputs return to the client's process, unique for the life
     of an engine. `cache_salt` starts the prefix-cache hash, so prompts share pages only inside one
-    salt. `max_tokens` is already resolved: never None, and prompt + max_tokens fits the context.
+    salt. `max_tokens` is already resolved: never None, and prompt + max_tokens fits the context;
+    `params.seed` is never None either. `prompt` are token ids, int32, little-endian.
     """
 
     stream: int
     prompt: bytes
     params: SamplingParams
     max_tokens: int
-    seed: int
     choice: int = 0
     cache_salt: str = ""
 

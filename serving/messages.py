@@ -129,7 +129,7 @@ ToClient = Union[Progress, Ready, Failed, StepOutputs, EngineStats]
 # ---- driver to stage
 
 
-class AllocateKv(msgspec.Struct, frozen=True, tag="kv"):
+class AllocateKv(msgspec.Struct, frozen=True, tag="kv", array_like=True):
     """Every stage has loaded: make `num_pages` KV pages a layer and warm up.
 
     `max_model_len` tokens is the longest sequence, which sizes the page table.
@@ -139,7 +139,7 @@ class AllocateKv(msgspec.Struct, frozen=True, tag="kv"):
     max_model_len: int
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
     pass
 
 
@@ -174,6 +174,7 @@ class StageFailed(msgspec.Struct, frozen=True, tag="failed"):
     stage: int
     kind: str
     message: str
+    flag: str | None = None
 
 
 class StepResult(msgspec.Struct, kw_only=True, frozen=True, tag="result"):

@@ -92,13 +92,6 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     def device(self, stage: int) -> str:
         return self.devices[stage] if self.devices is not None else "cpu"
 
-    def to_json(self) -> bytes:
-        return msgspec.json.encode(self, enc_hook=_encode_path)
-
-    @classmethod
-    def from_json(cls, data: bytes) -> EngineConfig:
-        return msgspec.json.decode(data, type=cls, dec_hook=_decode_path)
-
 
 def _check_int(value: int, low: int, high: int, flag: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -112,13 +105,15 @@ def _check_choice(value: str, choices: tuple[str, ...], flag: str) -> None:
         raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.", flag)
 
 
-def _encode_path(value: Any) -> str:
+def encode_path(value: Any) -> str:
+    """For msgspec: how a path is written."""
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"cannot encode {type(value).__name__}")
 
 
-def _decode_path(kind: type, value: Any) -> Any:
+def decode_path(kind: type, value: Any) -> Any:
+    """For msgspec: how a path is read."""
     if kind is Path:
         return Path(value)
     raise TypeError(f"cannot decode {kind}")

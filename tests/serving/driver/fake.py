@@ -111,7 +111,6 @@ class FakeEngine:
                 prompt=np.array(prompt, dtype="<i4").tobytes(),
                 params=sampling,
                 max_tokens=sampling.max_tokens,
-                seed=0,
                 cache_salt=salt,
             ),
             now=0.0,

@@ -1,0 +1,188 @@
+"""The stage group as the driver sees it: its processes, its sockets, its start and its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from serving.config.engine import encode_path
+from serving.core import Admission, StepPlan
+from serving.errors import ConfigError, EngineDeadError, LecternError, ModelError
+from serving.messages import (
+    AllocateKv,
+    DriverSpec,
+    FromStage,
+    Shutdown,
+    StageFailed,
+    StageLoaded,
+    StageProgress,
+    StageSpec,
+    StageStarted,
+    ToStage,
+    socket_address,
+)
+from serving.process import Child, available_cores
+
+_QUEUE = 1024  # many times what can be in flight
+_SEND_MS = 10_000
+_SETTLE_SECONDS = 0.3
+_SHUTDOWN_SECONDS = 2.0
+
+
+class StageGroup:
+    """One PUSH socket a stage for plans, one PULL socket for what comes back.
+
+    A death or an error of one stage ends the group: `failure` makes it a sentence.
+    """
+
+    def __init__(self, spec: DriverSpec, context: zmq.Context[zmq.Socket[bytes]], pid: int) -> None:
+        self._spec = spec
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromStage] = msgspec.msgpack.Decoder(FromStage)
+        self.results = context.socket(zmq.PULL)
+        self.results.set_hwm(_QUEUE)
+        self.results.bind(socket_address(spec.directory, "results"))
+        self._plans = []
+        self.children: list[Child] = []
+        stages = spec.layout.num_stages
+        threads = spec.config.threads or max(1, available_cores() // stages)
+        for stage in range(stages):
+            socket = context.socket(zmq.PUSH)
+            socket.set_hwm(_QUEUE)
+            socket.setsockopt(zmq.SNDTIMEO, _SEND_MS)
+            socket.bind(socket_address(spec.directory, f"plans-{stage}"))
+            self._plans.append(socket)
+        for stage in range(stages):
+            settings = StageSpec(
+                config=spec.config,
+                directory=spec.directory,
+                parent_pid=pid,
+                layout=spec.layout,
+                stage=stage,
+                threads=threads,
+            )
+            environment = {"OMP_NUM_THREADS": str(threads)}
+            encoded = msgspec.json.encode(settings, enc_hook=encode_path)
+            self.children.append(Child("serving.stage", encoded, environment))
+
+    # ---- start
+
+    def wait_loaded(self, on_progress: Callable[[str], None]) -> int:
+        """Wait until all stages hold their weights; the number of KV pages that all can hold.
+
+        Raises what a stage failed with.
+        """
+        pages: dict[int, int] = {}
+        while len(pages) < len(self.children):
+            for message in self._wait():
+                if isinstance(message, StageLoaded):
+                    pages[message.stage] = message.max_pages
+                elif isinstance(message, StageProgress):
+                    on_progress(message.text)
+        return min(pages.values())
+
+    def wait_started(self, num_pages: int, max_model_len: int) -> None:
+        """Let all stages make their pages and use every link once."""
+        for stage in range(len(self.children)):
+            self._send(stage, AllocateKv(num_pages, max_model_len))
+        started: set[int] = set()
+        while len(started) < len(self.children):
+            started.update(m.stage for m in self._wait() if isinstance(m, StageStarted))
+
+    def _wait(self) -> list[FromStage]:
+        poller = zmq.Poller()
+        poller.register(self.results, zmq.POLLIN)
+        for child in self.children:
+            poller.register(child, zmq.POLLIN)
+        poller.poll()
+        messages = self.receive()
+        for message in messages:
+            if isinstance(message, StageFailed):
+                raise self.failure(message)
+        if any(child.has_ended() for child in self.children):
+            raise self.failure(None)
+        return messages
+
+    # ---- steps
+
+    def send_plan(self, plan: StepPlan) -> None:
+        """Send a plan to every stage; each admission carries only what the stage needs."""
+        last = len(self.children) - 1
+        same = self._encoder.encode(plan) if not plan.admitted else b""
+        for stage in range(last + 1):
+            if same:
+                self._send_bytes(stage, same)
+                continue
+            admitted = [_for_stage(a, stage == 0, stage == last) for a in plan.admitted]
+            self._send(stage, msgspec.structs.replace(plan, admitted=admitted))
+
+    def receive(self) -> list[FromStage]:
+        """Everything that has come back; never waits."""
+        messages = []
+        try:
+            while True:
+                messages.append(self._decoder.decode(self.results.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            return messages
+
+    # ---- end
+
+    def failure(self, told: StageFailed | None) -> LecternError:
+        """Why the group ended. A stage that was killed is the cause; its neighbours' broken links
+        are not, so a moment is given for all deaths to show."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        for child in self.children:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        reports = [told] if told is not None else []
+        reports += [m for m in self.receive() if isinstance(m, StageFailed)]
+        for report in reports:
+            if report.kind == "config":
+                return ConfigError(report.message, report.flag)
+            if report.kind == "model":
+                return ModelError(report.message)
+        for stage, child in enumerate(self.children):
+            if child.was_killed:
+                return EngineDeadError(f"Stage {stage} {child.how_it_ended()}.")
+        for report in reports:
+            return EngineDeadError(f"Stage {report.stage} failed: {report.message}")
+        for stage, child in enumerate(self.children):
+            if child.has_ended():
+                return EngineDeadError(f"Stage {stage} {child.how_it_ended()}.")
+        return EngineDeadError("A stage failed without saying why.")
+
+    def close(self, *, orderly: bool) -> None:
+        """End all stages: asked first if `orderly`, killed if they do not follow."""
+        if orderly:
+            for stage in range(len(self.children)):
+                try:
+                    self._plans[stage].send(self._encoder.encode(Shutdown()), zmq.NOBLOCK)
+                except zmq.ZMQError:
+                    continue  # it is gone or stuck; it is killed below
+            deadline = time.monotonic() + _SHUTDOWN_SECONDS
+            for child in self.children:
+                child.wait(max(0.0, deadline - time.monotonic()))
+        for child in self.children:
+            child.kill()
+            child.forget()
+        for socket in (*self._plans, self.results):
+            socket.close(linger=0)
+
+    def _send(self, stage: int, message: ToStage) -> None:
+        self._send_bytes(stage, self._encoder.encode(message))
+
+    def _send_bytes(self, stage: int, data: bytes) -> None:
+        try:
+            self._plans[stage].send(data)
+        except zmq.Again:
+            raise EngineDeadError(f"Stage {stage} takes no more plans.") from None
+
+
+def _for_stage(admission: Admission, first: bool, last: bool) -> Admission:
+    return msgspec.structs.replace(
+        admission,
+        tokens=admission.tokens if first or last else b"",
+        params=admission.params if last else None,
+    )

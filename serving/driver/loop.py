@@ -1,0 +1,231 @@
+"""The driver: take arrivals, choose a micro-batch, send its plan, take finished results."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import msgspec
+import numpy as np
+import zmq
+
+from serving.core import Request, SamplingParams
+from serving.driver.completion import Completion
+from serving.driver.group import StageGroup
+from serving.driver.limits import resolve_limits
+from serving.driver.scheduler import Counters, Scheduler
+from serving.errors import EngineDeadError
+from serving.messages import (
+    Abort,
+    DriverSpec,
+    EngineStats,
+    Progress,
+    Ready,
+    StageFailed,
+    StageSeconds,
+    StageStats,
+    StepOutputs,
+    StepResult,
+    Stop,
+    Submit,
+    ToClient,
+    ToDriver,
+    socket_address,
+)
+
+_STATS_SECONDS = 0.5
+_WARM_UP_STREAM = 0
+_MAX_REPORTED_BATCHES = 4096
+
+
+class Driver:
+    """One engine's scheduler, its stage group, and its client (the process with the Engine)."""
+
+    def __init__(self, spec: DriverSpec) -> None:
+        self._spec = spec
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._client = self._context.socket(zmq.PUSH)
+        self._client.set_hwm(1 << 16)
+        self._client.connect(socket_address(spec.directory, "client"))
+        self._arrivals = self._context.socket(zmq.PULL)
+        self._arrivals.set_hwm(1 << 16)
+        self._arrivals.connect(socket_address(spec.directory, "driver"))
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToDriver] = msgspec.msgpack.Decoder(ToDriver)
+        self._group = StageGroup(spec, self._context, os.getpid())
+        self._stopping = False
+        self._stages = [StageSeconds() for _ in range(spec.layout.num_stages)]
+        self._batches: list[tuple[int, int]] = []
+        self._told_at = 0.0
+        self._untold = True
+
+    def run(self) -> None:
+        """Start the stages, then serve until told to stop. Raises LecternError on any failure."""
+        self._start()
+        while not self._stopping:
+            self._take_arrivals()
+            planned = self._send_next_plan()
+            self._take_results(wait=not planned)
+            self._tell_stats()
+
+    def tell(self, message: ToClient) -> None:
+        self._client.send(self._encoder.encode(message))
+
+    def close(self, *, orderly: bool) -> None:
+        self._group.close(orderly=orderly)
+        self._arrivals.close(linger=0)
+        self._client.close(linger=1000)
+        self._context.term()
+
+    # ---- the loop's parts
+
+    def _take_arrivals(self) -> None:
+        now = time.monotonic()
+        try:
+            while True:
+                message = self._decoder.decode(self._arrivals.recv(zmq.NOBLOCK))
+                self._untold = True
+                if isinstance(message, Submit):
+                    self._scheduler.submit(message.request, now)
+                elif isinstance(message, Abort):
+                    self._scheduler.abort(message.stream)
+                elif isinstance(message, Stop):
+                    self._stopping = True
+        except zmq.Again:
+            return
+
+    def _send_next_plan(self) -> bool:
+        """Choose one micro-batch and send its plan; tells whether there was one."""
+        scheduler = self._scheduler
+        now = time.monotonic()
+        choice = scheduler.choose(now)
+        if scheduler.admitted:
+            self.tell(StepOutputs(admitted=scheduler.admitted))
+            scheduler.admitted = []
+        if choice is None:
+            return False
+        batch, plan = choice
+        batch.sent_at = now
+        self._group.send_plan(plan)
+        self._untold = True
+        if len(self._batches) < _MAX_REPORTED_BATCHES:
+            self._batches.append((len(batch.decode_slots), int(batch.prefill_lens.sum())))
+        return True
+
+    def _take_results(self, *, wait: bool) -> None:
+        """Apply what came back. With nothing more to plan, wait for news of any kind."""
+        if wait:
+            self._wait_for_news()
+        for message in self._group.receive():
+            if isinstance(message, StepResult):
+                _, outputs = self._completion.finish(message)
+                if outputs.streams or outputs.ended:
+                    self.tell(outputs)
+                self._untold = True
+            elif isinstance(message, StageStats):
+                self._stages[message.stage] = message.seconds
+                self._untold = True
+            elif isinstance(message, StageFailed):
+                raise self._group.failure(message)
+
+    def _wait_for_news(self) -> None:
+        timeout = self._spec.config.step_timeout * 1000
+        if self._untold:
+            timeout = min(timeout, _STATS_SECONDS * 1000)
+        events = dict(self._poller.poll(int(timeout)))
+        if any(descriptor in events for descriptor in self._deaths):
+            raise self._group.failure(None)
+        flight = self._scheduler.in_flight
+        if not events and flight:
+            waited = time.monotonic() - flight[0].sent_at
+            if waited > self._spec.config.step_timeout:
+                raise EngineDeadError(
+                    f"A micro-batch has not come back for {waited:.0f} s, so a stage hangs; raise "
+                    "--step-timeout if steps may really take that long."
+                )
+
+    def _tell_stats(self) -> None:
+        """Every half second while anything changes, and at once when the last request ended."""
+        if not self._untold:
+            return
+        now = time.monotonic()
+        idle = not self._scheduler.streams and not self._scheduler.in_flight
+        if now - self._told_at < _STATS_SECONDS and not (idle and self._was_busy):
+            return
+        self._was_busy = not idle
+        self._told_at = now
+        self._untold = False
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        if idle:
+            pool.check()
+        counters = scheduler.counters
+        self.tell(
+            EngineStats(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                pages_free=pool.num_free,
+                pages_cached=pool.num_cached,
+                pages_used=pool.num_used,
+                preemptions=counters.preemptions,
+                prompt_tokens=counters.prompt_tokens,
+                cached_prompt_tokens=counters.cached_prompt_tokens,
+                generation_tokens=counters.generation_tokens,
+                finished=counters.finished,
+                in_flight=len(scheduler.in_flight),
+                microbatches=self._batches,
+                stages=self._stages,
+            )
+        )
+        self._batches = []
+
+    # ---- start
+
+    def _start(self) -> None:
+        spec = self._spec
+        fitting = self._group.wait_loaded(lambda text: self.tell(Progress(text)))
+        limits = resolve_limits(spec.config, fitting, spec.context_length)
+        self.tell(
+            Progress(
+                f"{limits.num_pages} KV pages of {spec.config.page_size} tokens, "
+                f"context of {limits.max_model_len} tokens ({limits.reason})"
+            )
+        )
+        self._group.wait_started(limits.num_pages, limits.max_model_len)
+        self._scheduler = Scheduler(spec.config, limits.num_pages, limits.max_model_len)
+        self._completion = Completion(self._scheduler, spec.eos_token_ids)
+        self._poller = zmq.Poller()
+        self._poller.register(self._arrivals, zmq.POLLIN)
+        self._poller.register(self._group.results, zmq.POLLIN)
+        for child in self._group.children:
+            self._poller.register(child.fileno(), zmq.POLLIN)
+        self._deaths = {child.fileno() for child in self._group.children}
+        self._was_busy = True
+        self._warm_up(limits.max_model_len)
+        self.tell(Ready(limits.num_pages, limits.max_model_len))
+
+    def _warm_up(self, max_model_len: int) -> None:
+        """One short request through every stage, prefill and decode, before anybody may ask."""
+        prompt = np.zeros(min(4, max_model_len - 1), dtype="<i4")
+        steps = min(3, max_model_len - len(prompt))
+        request = Request(
+            stream=_WARM_UP_STREAM,
+            prompt=prompt.tobytes(),
+            params=SamplingParams(max_tokens=steps, seed=0, ignore_eos=True),
+            max_tokens=steps,
+            cache_salt="warm-up",
+        )
+        self._scheduler.submit(request, time.monotonic())
+        while self._scheduler.streams or self._scheduler.in_flight:
+            choice = self._scheduler.choose(time.monotonic())
+            if choice is not None:
+                choice[0].sent_at = time.monotonic()
+                self._group.send_plan(choice[1])
+                continue
+            self._wait_for_news()
+            for message in self._group.receive():
+                if isinstance(message, StepResult):
+                    self._completion.finish(message)
+                elif isinstance(message, StageFailed):
+                    raise self._group.failure(message)
+        self._scheduler.counters = Counters()
+        self._scheduler.admitted = []

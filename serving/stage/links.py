@@ -1,0 +1,68 @@
+"""A stage's sockets: plans in, results and news out."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import zmq
+from torch import Tensor
+
+from serving.messages import FromStage, StepResult, ToStage, socket_address
+from serving.sampling import SampleOutput
+
+_QUEUE = 1024  # far more than can be in flight; a full queue means that the driver is gone
+
+
+class DriverLinks:
+    """One PULL socket for plans and one PUSH socket for everything that goes back."""
+
+    def __init__(self, directory: str, stage: int) -> None:
+        self._context = zmq.Context()
+        self._plans = self._context.socket(zmq.PULL)
+        self._plans.set_hwm(_QUEUE)
+        self._plans.connect(socket_address(directory, f"plans-{stage}"))
+        self._results = self._context.socket(zmq.PUSH)
+        self._results.set_hwm(_QUEUE)
+        self._results.connect(socket_address(directory, "results"))
+        self._decoder: msgspec.msgpack.Decoder[ToStage] = msgspec.msgpack.Decoder(ToStage)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def next(self, seconds: float | None) -> ToStage | None:
+        """The next message, or None if none came in so many seconds (None: wait for ever)."""
+        timeout = None if seconds is None else int(seconds * 1000)
+        if not self._plans.poll(timeout):
+            return None
+        return self._decoder.decode(self._plans.recv())
+
+    def send(self, message: FromStage) -> None:
+        self._results.send(self._encoder.encode(message))
+
+    def send_result(self, number: int, output: SampleOutput | None) -> None:
+        """Tell the driver that a micro-batch is finished, with the tokens it sampled."""
+        if output is None:
+            self.send(StepResult(number=number))
+            return
+        tokens = _bytes(output.token_ids, np.dtype("<i4"))
+        if output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
+            self.send(StepResult(number=number, tokens=tokens))
+            return
+        self.send(
+            StepResult(
+                number=number,
+                tokens=tokens,
+                logprobs=_bytes(output.logprobs, np.dtype("<f4")),
+                top_ids=_bytes(output.top_ids, np.dtype("<i4")),
+                top_logprobs=_bytes(output.top_logprobs, np.dtype("<f4")),
+                top_k=output.top_ids.shape[1],
+            )
+        )
+
+    def close(self) -> None:
+        """Send what is queued, within a second, and close."""
+        self._plans.close(linger=0)
+        self._results.close(linger=1000)
+        self._context.term()
+
+
+def _bytes(tensor: Tensor, dtype: np.dtype[np.generic]) -> bytes:
+    return tensor.cpu().numpy().astype(dtype, copy=False).tobytes()

@@ -1,0 +1,231 @@
+"""The stage worker: loads its layers, then runs the micro-batches that plans describe."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.attention import StepInputs
+from serving.config.model import ModelConfig
+from serving.core import StepPlan
+from serving.errors import ConfigError, EngineDeadError
+from serving.messages import (
+    AllocateKv,
+    Shutdown,
+    StageLoaded,
+    StageProgress,
+    StageSpec,
+    StageStarted,
+    StageStats,
+)
+from serving.models import build_stage
+from serving.sampling import SampleOutput, Sampler
+from serving.stage.clock import StageClock
+from serving.stage.inputs import InputBuilder
+from serving.stage.links import DriverLinks
+from serving.stage.mirror import Mirror, Rows
+from serving.transport.base import Transport
+from serving.weights import LoadProgress
+
+_STATS_SECONDS = 0.5
+
+
+class StageWorker:
+    """One stage of the pipeline. It decides nothing: plans say what runs, in which order."""
+
+    def __init__(self, spec: StageSpec, links: DriverLinks) -> None:
+        self._stage = spec.stage
+        self._last = spec.layout.num_stages - 1
+        self._config = spec.config
+        self._links = links
+        self._model_config = ModelConfig.from_folder(spec.config.model)
+        self._device = torch.device(spec.config.device(spec.stage))
+        name = self._model_config.dtype if spec.config.dtype == "auto" else spec.config.dtype
+        self._dtype: torch.dtype = getattr(torch, name)
+        self._layers = spec.layout.layers(spec.stage)
+        self._model = build_stage(
+            self._model_config,
+            self._layers,
+            first=self._stage == 0,
+            last=self._stage == self._last,
+            dtype=self._dtype,
+            device=self._device,
+            load_format=spec.config.load_format,
+            seed=spec.config.seed,
+            progress=self._report_loading,
+        )
+        self._transport = self._make_transport(spec)
+        self._clock = StageClock()
+        self._expected: deque[tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]] = deque()
+
+    def run(self) -> None:
+        """Until the driver says it is over."""
+        self._links.send(StageLoaded(self._stage, self._max_pages()))
+        allocation = self._links.next(None)
+        if not isinstance(allocation, AllocateKv):
+            return
+        self._allocate(allocation)
+        if self._transport is not None:
+            self._transport.warm_up()
+        self._links.send(StageStarted(self._stage))
+        # Objects made so far live as long as the process; they need no further looking through.
+        gc.collect()
+        gc.freeze()
+        self._clock = StageClock()
+        reported = time.monotonic()
+        unreported = False
+        while True:
+            with self._clock.waiting("idle"):
+                message = self._links.next(_STATS_SECONDS if unreported else None)
+            if isinstance(message, StepPlan):
+                self._step(message)
+                unreported = True
+            elif message is not None:
+                if isinstance(message, Shutdown):
+                    return
+                raise EngineDeadError("The driver sent a message that has no place in a step.")
+            now = time.monotonic()
+            if unreported and now - reported >= _STATS_SECONDS:
+                self._links.send(StageStats(self._stage, self._clock.seconds()))
+                reported, unreported = now, message is not None
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    # ---- one micro-batch
+
+    @torch.inference_mode()
+    def _step(self, plan: StepPlan) -> None:
+        """Inputs are ready before the activations are waited for."""
+        rows = self._mirror.apply(plan)
+        if self._sampler is not None:
+            self._admit(self._sampler, plan)
+        inputs = self._inputs.build(rows)
+        hidden = self._receive(rows, inputs)
+        out = self._model.forward(inputs, hidden, self._kv)
+        if self._stage == self._last:
+            self._finish(rows, out)
+        elif self._transport is not None:
+            before = self._transport.seconds_waited
+            self._transport.send_hidden(out)
+            self._clock.add("wait_link", self._transport.seconds_waited - before)
+
+    def _receive(self, rows: Rows, inputs: StepInputs) -> Tensor | None:
+        """Activations of the stage before; on the first stage the sampled tokens instead."""
+        if self._stage > 0:
+            if self._transport is None:
+                raise AssertionError("a stage after the first has a transport")
+            with self._clock.waiting("wait_input"):
+                return self._transport.receive_hidden(len(rows.positions))
+        if self._transport is not None:
+            if len(rows.sampled_slots):
+                self._transport.expect_tokens(len(rows.sampled_slots))
+                self._expected.append((rows.number, rows.sampled_slots))
+            while self._expected and self._expected[0][0] <= rows.reads_from:
+                _, slots = self._expected.popleft()
+                with self._clock.waiting("wait_input"):
+                    tokens = self._transport.receive_tokens()
+                self._inputs.keep_tokens(slots, tokens)
+        self._inputs.fill_tokens(inputs, rows)
+        return None
+
+    def _finish(self, rows: Rows, hidden: Tensor) -> None:
+        """Last stage: sample, give the tokens to the first stage, then to the driver."""
+        output = self._sample(rows, hidden) if len(rows.sampled_slots) else None
+        if output is not None:
+            if self._transport is not None:
+                self._transport.send_tokens(output.token_ids)
+            else:
+                self._inputs.keep_tokens(rows.sampled_slots, output.token_ids)
+        self._links.send_result(rows.number, output)
+
+    def _sample(self, rows: Rows, hidden: Tensor) -> SampleOutput:
+        if self._sampler is None:
+            raise AssertionError("only the last stage samples")
+        if len(rows.sampled_tokens) < hidden.shape[0]:
+            hidden = hidden[torch.from_numpy(rows.sampled_tokens).to(self._device)]
+        logits = self._model.logits(hidden)
+        slots = rows.sampled_slots.tolist()
+        return self._sampler.sample(
+            logits,
+            torch.from_numpy(rows.sampled_slots).to(self._device),
+            rows.sampled_positions.tolist(),
+            slots,
+        )
+
+    def _admit(self, sampler: Sampler, plan: StepPlan) -> None:
+        for slot in np.frombuffer(plan.released, dtype="<u2").tolist():
+            sampler.release(slot)
+        for admission in plan.admitted:
+            if admission.params is None:
+                raise EngineDeadError("A plan for the last stage came without sampling parameters.")
+            sampler.admit(
+                admission.slot,
+                admission.params,
+                np.frombuffer(admission.tokens, dtype="<i4").tolist(),
+                admission.prompt_len,
+                admission.choice,
+            )
+
+    # ---- start
+
+    def _report_loading(self, progress: LoadProgress) -> None:
+        self._links.send(
+            StageProgress(self._stage, f"stage {self._stage}: loading weights, {progress}")
+        )
+
+    def _make_transport(self, spec: StageSpec) -> Transport | None:
+        if self._last == 0:
+            return None
+        if self._device.type != "cpu":
+            raise ConfigError(
+                f"Pipeline stages on {self._device.type} need a transport that is not built yet; "
+                "use --pipeline-parallel-size 1 there, or stages on cpu.",
+                "--pipeline-parallel-size",
+            )
+        from serving.transport.gloo import GlooTransport
+
+        return GlooTransport(
+            self._stage,
+            spec.layout.num_stages,
+            f"{spec.directory}/rendezvous",
+            max_tokens=spec.config.max_num_batched_tokens,
+            hidden_size=self._model_config.hidden_size,
+            dtype=self._dtype,
+        )
+
+    def _max_pages(self) -> int:
+        """Pages that this stage's part of the KV memory holds, at least 1."""
+        shape = self._model_config.kv_shape(1, self._config.page_size)
+        page = int(np.prod(shape)) * self._dtype.itemsize * len(self._layers)
+        share = self._config.kv_memory * len(self._layers) // self._model_config.num_layers
+        return max(1, share // page)
+
+    def _allocate(self, allocation: AllocateKv) -> None:
+        config = self._config
+        shape = self._model_config.kv_shape(allocation.num_pages, config.page_size)
+        # Zeros, so that memory is really there from the start and masked slots hold no NaN.
+        self._kv = [
+            torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in self._layers
+        ]
+        self._mirror = Mirror(
+            config.max_num_seqs,
+            allocation.max_model_len,
+            config.page_size,
+            holds_tokens=self._stage == 0,
+        )
+        self._inputs = InputBuilder(config.max_num_seqs, config.page_size, self._device)
+        self._sampler: Sampler | None = None
+        if self._stage == self._last:
+            self._sampler = Sampler(
+                self._model_config.vocab_size,
+                config.max_num_seqs,
+                self._device,
+                self._model_config.eos_token_ids,
+            )
