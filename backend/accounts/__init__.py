@@ -1,0 +1,1 @@
+"""Accounts: users, roles, passwords, server-side sessions, back-off after failed logins."""

@@ -1,0 +1,1 @@
+"""Live figures of engine and platform for administrators."""

@@ -1,0 +1,1 @@
+"""Conversations: questions, answers in progress, and their events."""

@@ -1,0 +1,1 @@
+"""Course documents: upload, the job table, the index worker, search."""

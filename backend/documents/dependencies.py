@@ -1,0 +1,17 @@
+"""Loading a document of the course in the path; another course's document is a 404."""
+
+from typing import Annotated
+
+from fastapi import Depends
+
+from backend.context import ContextDep
+from backend.courses.dependencies import Member
+from backend.documents import service
+from backend.documents.models import Document
+
+
+def course_document(document_id: int, member: Member, context: ContextDep) -> Document:
+    return service.get(context.database, member.course.id, document_id)
+
+
+CourseDocument = Annotated[Document, Depends(course_document)]

@@ -1,0 +1,1 @@
+"""The OpenAI-style door /v1 in front of the engine."""

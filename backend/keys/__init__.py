@@ -1,0 +1,1 @@
+"""API keys of students and teachers."""

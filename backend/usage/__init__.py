@@ -1,0 +1,1 @@
+"""Token budgets and the ledger of requests."""
