@@ -110,7 +110,8 @@ def make_checkpoint(
                 if parameter.dim() == 1:
                     parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
                 elif "embed" in name or "lm_head" in name:
-                    parameter.normal_(0.0, 1.0)
+                    # A tied matrix of full width would make every token predict itself.
+                    parameter.normal_(0.0, 0.3 if config.tie_word_embeddings else 1.0)
                 else:
                     parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
