@@ -74,27 +74,27 @@ struct AttentionScratch {
   std::vector<bf16> queries, keys, values, weights;
 };
 
-// Sums each of 16 vectors over its lanes: lane i of the result is the sum of v[i].
-inline __m512 transpose_sum(const __m512* v) {
-  __m512 a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 lo = _mm512_shuffle_f32x4(v[i], v[i + 8], 0x88);
-    const __m512 hi = _mm512_shuffle_f32x4(v[i], v[i + 8], 0xdd);
-    a[i] = _mm512_add_ps(lo, hi);  // 128-bit lanes: v[i], v[i], v[i+8], v[i+8]
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512 lo = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
-    const __m512 hi = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-    b[i] = _mm512_add_ps(lo, hi);  // lanes: v[i], v[i+8], v[i+4], v[i+12]
-  }
+// Lane sums of 16 vectors, half of the tree at a time: fold8 takes v[i] and v[i + 8] as soon as
+// both are there, fold_all ends with lane i holding the sum of v[i].
+inline __m512 fold8(__m512 v, __m512 other) {
+  const __m512 lo = _mm512_shuffle_f32x4(v, other, 0x88);
+  const __m512 hi = _mm512_shuffle_f32x4(v, other, 0xdd);
+  return _mm512_add_ps(lo, hi);  // 128-bit lanes: v[i], v[i], v[i+8], v[i+8]
+}
+
+inline __m512 fold_all(const __m512* a) {
+  __m512 b[4], c[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) b[i] = fold8(a[i], a[i + 4]);  // v[i], v[i+8], v[i+4], v[i+12]
+#pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m512 lo = _mm512_unpacklo_ps(b[2 * i], b[2 * i + 1]);
     const __m512 hi = _mm512_unpackhi_ps(b[2 * i], b[2 * i + 1]);
-    c[i] = _mm512_add_ps(lo, hi);  // in each lane: b[2i], b[2i+1], twice (elements 0+2, 1+3)
+    c[i] = _mm512_add_ps(lo, hi);  // in each lane: b[2i], b[2i+1], twice
   }
   const __m512 lo = _mm512_shuffle_ps(c[0], c[1], 0x44);
   const __m512 hi = _mm512_shuffle_ps(c[0], c[1], 0xee);
-  const __m512 d = _mm512_add_ps(lo, hi);  // lanes l: rows 0..3 of block l, blocks 0, 8, 4, 12
+  const __m512 d = _mm512_add_ps(lo, hi);  // in lane l rows 0..3 of one of the blocks 0, 8, 4, 12
   return _mm512_shuffle_f32x4(d, d, 0xd8);
 }
 
@@ -118,52 +118,84 @@ inline float softmax_row(float* scores, long n, long padded, float scale) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// Scores of up to 16 keys against one query head: q and keys of head_dim values.
-template <int Vectors>
-__m512 score16(const bf16* q, const bf16* keys, long stride, long count) {
-  __m512bh query[Vectors];
-  for (int j = 0; j < Vectors; ++j) query[j] = (__m512bh)_mm512_loadu_si512(q + 32 * j);
-  __m512 v[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
+// Scores of up to 16 keys against Heads query heads that share them: q [Heads][head_dim], keys at
+// `stride`. The heads go together because a key's lines seldom stay in the first-level cache: the
+// rows of a page lie a power of two apart.
+template <int Vectors, int Heads>
+void score16(const bf16* q, const bf16* keys, long stride, long count, __m512* out) {
+  __m512 folded[Heads][8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
     const bf16* key = keys + std::min<long>(i, count - 1) * stride;
-    __m512 sum = _mm512_setzero_ps();
-    for (int j = 0; j < Vectors; ++j)
-      sum = _mm512_dpbf16_ps(sum, query[j], (__m512bh)_mm512_loadu_si512(key + 32 * j));
-    v[i] = sum;
+    const bf16* other = keys + std::min<long>(i + 8, count - 1) * stride;
+    __m512 sum[Heads], other_sum[Heads];
+#pragma GCC unroll 2
+    for (int h = 0; h < Heads; ++h) sum[h] = other_sum[h] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) {
+      const __m512bh x = (__m512bh)_mm512_loadu_si512(key + 32 * j);
+      const __m512bh y = (__m512bh)_mm512_loadu_si512(other + 32 * j);
+#pragma GCC unroll 2
+      for (int h = 0; h < Heads; ++h) {
+        const __m512bh query = (__m512bh)_mm512_loadu_si512(q + (h * Vectors + j) * 32);
+        sum[h] = _mm512_dpbf16_ps(sum[h], x, query);
+        other_sum[h] = _mm512_dpbf16_ps(other_sum[h], y, query);
+      }
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < Heads; ++h) folded[h][i] = fold8(sum[h], other_sum[h]);
   }
-  return transpose_sum(v);
+#pragma GCC unroll 2
+  for (int h = 0; h < Heads; ++h) out[h] = fold_all(folded[h]);
 }
 
-// sums[group][head_dim] += weights of up to `count` keys times their values. weights are bf16
-// pairs; sums hold each 32 values in the order that unpacking leaves: see store_sums.
-template <int Vectors>
+// sums[Heads][head_dim] += weights of up to `count` keys times their values. weights are bf16
+// pairs, a row for each head; sums hold each 32 values in the order that unpacking leaves: see
+// store_sums.
+template <int Vectors, int Heads>
 void add_values(const bf16* weights, long weight_stride, const bf16* values, long stride,
-                long count, long group, float* sums) {
+                long count, float* sums) {
   constexpr int kStep = Vectors <= 4 ? Vectors : Vectors / 2;
-  for (long g = 0; g < group; ++g) {
-    for (int part = 0; part < Vectors; part += kStep) {
-      float* out = sums + (g * Vectors + part) * 32;
-      __m512 low[kStep], high[kStep];
+  for (int part = 0; part < Vectors; part += kStep) {
+    __m512 low[Heads][kStep], high[Heads][kStep];
+#pragma GCC unroll 2
+    for (int h = 0; h < Heads; ++h) {
+#pragma GCC unroll 4
       for (int j = 0; j < kStep; ++j) {
-        low[j] = _mm512_loadu_ps(out + 32 * j);
-        high[j] = _mm512_loadu_ps(out + 32 * j + 16);
+        const float* from = sums + (h * Vectors + part + j) * 32;
+        low[h][j] = _mm512_loadu_ps(from);
+        high[h][j] = _mm512_loadu_ps(from + 16);
       }
-      for (long i = 0; i < count; i += 2) {
+    }
+    for (long i = 0; i < count; i += 2) {
+      const bf16* a = values + i * stride + 32 * part;
+      const bf16* b = i + 1 < count ? a + stride : a;  // an odd last key pairs with weight zero
+      __m512bh weight[Heads];
+#pragma GCC unroll 2
+      for (int h = 0; h < Heads; ++h) {
         int pair;
-        std::memcpy(&pair, weights + g * weight_stride + i, 4);
-        const __m512bh p = (__m512bh)_mm512_set1_epi32(pair);
-        const bf16* a = values + i * stride + 32 * part;
-        const bf16* b = i + 1 < count ? a + stride : a;  // an odd last key pairs with weight zero
-        for (int j = 0; j < kStep; ++j) {
-          const __m512i x = _mm512_loadu_si512(a + 32 * j), y = _mm512_loadu_si512(b + 32 * j);
-          low[j] = _mm512_dpbf16_ps(low[j], p, (__m512bh)_mm512_unpacklo_epi16(x, y));
-          high[j] = _mm512_dpbf16_ps(high[j], p, (__m512bh)_mm512_unpackhi_epi16(x, y));
+        std::memcpy(&pair, weights + h * weight_stride + i, 4);
+        weight[h] = (__m512bh)_mm512_set1_epi32(pair);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kStep; ++j) {
+        const __m512i x = _mm512_loadu_si512(a + 32 * j), y = _mm512_loadu_si512(b + 32 * j);
+        const __m512bh first = (__m512bh)_mm512_unpacklo_epi16(x, y);
+        const __m512bh second = (__m512bh)_mm512_unpackhi_epi16(x, y);
+#pragma GCC unroll 2
+        for (int h = 0; h < Heads; ++h) {
+          low[h][j] = _mm512_dpbf16_ps(low[h][j], weight[h], first);
+          high[h][j] = _mm512_dpbf16_ps(high[h][j], weight[h], second);
         }
       }
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < Heads; ++h) {
+#pragma GCC unroll 4
       for (int j = 0; j < kStep; ++j) {
-        _mm512_storeu_ps(out + 32 * j, low[j]);
-        _mm512_storeu_ps(out + 32 * j + 16, high[j]);
+        float* to = sums + (h * Vectors + part + j) * 32;
+        _mm512_storeu_ps(to, low[h][j]);
+        _mm512_storeu_ps(to + 16, high[h][j]);
       }
     }
   }
@@ -219,18 +251,22 @@ void decode_task(const Attention& a, const AttentionTask& task, const bf16* q, l
       const long count = std::min({16L, length - at, a.page_size - run * 16});
       for (long h = task.head_first; h < task.head_last; ++h) {
         if (ahead != nullptr) prefetch(ahead + run * 16 * stride + h * a.head_dim);
-        for (long g = 0; g < group; ++g) {
+        __mmask16 seen = count > 0 ? tail_mask(count) : __mmask16(0);
+        if (at < begin) seen &= static_cast<__mmask16>(0xffffu << std::min(16L, begin - at));
+        for (long g = 0; g < group; g += 2) {
           const long head = (h - task.head_first) * group + g;
           float* out = scratch.scores.data() + head * places + place + run * 16;
-          if (count <= 0) {
-            _mm512_storeu_ps(out, _mm512_set1_ps(-INFINITY));
-            continue;
+          const bf16* keys = base + run * 16 * stride + h * a.head_dim;
+          __m512 scores[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+          if (seen != 0 && g + 1 < group) {
+            score16<Vectors, 2>(query + head * a.head_dim, keys, stride, count, scores);
+          } else if (seen != 0) {
+            score16<Vectors, 1>(query + head * a.head_dim, keys, stride, count, scores);
           }
-          const __m512 scores = score16<Vectors>(
-              query + head * a.head_dim, base + run * 16 * stride + h * a.head_dim, stride, count);
-          __mmask16 seen = tail_mask(count);
-          if (at < begin) seen &= static_cast<__mmask16>(0xffffu << std::min(16L, begin - at));
-          _mm512_storeu_ps(out, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, scores));
+          const __m512 none = _mm512_set1_ps(-INFINITY);
+          _mm512_storeu_ps(out, _mm512_mask_mov_ps(none, seen, scores[0]));
+          if (g + 1 < group)
+            _mm512_storeu_ps(out + places, _mm512_mask_mov_ps(none, seen, scores[1]));
         }
       }
     }
@@ -254,10 +290,18 @@ void decode_task(const Attention& a, const AttentionTask& task, const bf16* q, l
       for (long h = task.head_first; h < task.head_last; ++h) {
         if (ahead != nullptr)
           prefetch(ahead + a.values_offset() + run * 16 * stride + h * a.head_dim);
-        const long head = (h - task.head_first) * group;
-        add_values<Vectors>(scratch.weights.data() + head * places + place + run * 16, places,
-                            base + a.values_offset() + run * 16 * stride + h * a.head_dim, stride,
-                            count, group, scratch.sums.data() + head * a.head_dim);
+        const bf16* values =
+            base + a.values_offset() + run * 16 * stride + h * a.head_dim;
+        for (long g = 0; g < group; g += 2) {
+          const long head = (h - task.head_first) * group + g;
+          const bf16* weights = scratch.weights.data() + head * places + place + run * 16;
+          float* sums = scratch.sums.data() + head * a.head_dim;
+          if (g + 1 < group) {
+            add_values<Vectors, 2>(weights, places, values, stride, count, sums);
+          } else {
+            add_values<Vectors, 1>(weights, places, values, stride, count, sums);
+          }
+        }
       }
     }
   });
