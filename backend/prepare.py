@@ -110,8 +110,7 @@ def _sample_course(database: Database, storage: DocumentStorage, settings: Setti
 
     folder = sample_course_folder()
     about = tomllib.loads((folder / "course.toml").read_text(encoding="utf-8"))
-    about = about.get("course", about)
-    name = str(about.get("name") or about.get("title") or "Compiler Construction")
+    name = " · ".join(about["name"].values())  # one name in each language
     with database.write() as session:
         course = session.execute(
             select(Course).where(Course.slug == SAMPLE_SLUG)

@@ -116,5 +116,6 @@ async def change_user(
 ) -> UserAdminOut:
     user = await context.database.run(service.change_user, context.database, user_id, body)
     if not user.active:
+        context.keys.forget()
         context.streams.stop_user(user_id)
     return UserAdminOut.model_validate(user)

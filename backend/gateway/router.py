@@ -66,10 +66,8 @@ async def _get(context: ContextDep, path: str) -> Response:
     return Response(response.content, media_type=response.headers.get("content-type"))
 
 
-@router.post("/{path:path}")
-async def call(path: str, request: Request, owner: KeyOwnerDep, context: ContextDep) -> Response:
-    if path not in _METERED:
-        raise ApiError(404, "not_found", f"There is no /v1/{path} here.")
+async def call(request: Request, owner: KeyOwnerDep, context: ContextDep) -> Response:
+    """Reserve, then pass the call on; GatewayCall settles."""
     left = context.requests.take(owner.user_id)
     raw = await request.body()
     model = await context.upstream.model()
@@ -80,9 +78,13 @@ async def call(path: str, request: Request, owner: KeyOwnerDep, context: Context
         context.requests.per_minute, left, context.ledger.daily_tokens, meter.reserved.remaining
     )
     request_id = str(request.scope.get("state", {}).get("request_id", ""))
-    return GatewayCall(context, owner, f"/v1/{path}", prepared, meter, headers, request_id)
+    return GatewayCall(context, owner, request.url.path, prepared, meter, headers, request_id)
 
 
-@router.api_route("/{path:path}", methods=["GET", "PUT", "PATCH", "DELETE"])
+for _path in _METERED:
+    router.add_api_route(f"/{_path}", call, methods=["POST"], name=_path)
+
+
+@router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
 async def unknown(path: str, _: KeyOwnerDep) -> Response:
     raise ApiError(404, "not_found", f"There is no /v1/{path} here for this method.")
