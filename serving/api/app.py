@@ -196,10 +196,14 @@ class Routes:
             raise InvalidRequestError(
                 f"tokens holds {len(tokens)} ids; at most {MAX_DETOKENIZE} are allowed.", "tokens"
             )
-        check_token_ids(tokens, service.engine, "tokens")
+        check_token_ids(tokens, service.model, "tokens")
         tokenizer = service.model.tokenizer
         if tokenizer is None:
-            raise wrong_type_of_model()
+            raise InvalidRequestError(
+                "This model has no tokenizer, so it has no text for tokens.",
+                "tokens",
+                code="no_tokenizer",
+            )
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         return _json({"prompt": text}, ignored_header(ignored))
 
@@ -216,11 +220,5 @@ class Routes:
         return _json({"version": lectern_version()})
 
     async def metrics(self, request: Request) -> Response:
-        body, content_type = self._service.render_metrics()
+        body, content_type = self._service.metrics.render()
         return Response(body, headers={"Content-Type": content_type})
-
-
-def wrong_type_of_model() -> InvalidRequestError:
-    return InvalidRequestError(
-        "This model has no tokenizer, so it has no text for tokens.", "tokens", "no_tokenizer"
-    )

@@ -44,9 +44,7 @@ class Chat(Dialect):
         request = cls(body, model, request_id)
         request.ignored = check_fields(body, CHAT)
         request._top = _top_logprobs(body)
-        params = read_sampling(
-            body, model, engine, max_tokens=_max_tokens(body), logprobs=request._top
-        )
+        params = read_sampling(body, model, max_tokens=_max_tokens(body), logprobs=request._top)
         salt = read_salt(body)
         prompt = await chat_prompt(body, model, engine)
         check_room([prompt], params, engine, "messages")

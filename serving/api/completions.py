@@ -58,7 +58,7 @@ class Completion(Dialect):
                 code="unsupported_parameter",
             )
         params = read_sampling(
-            body, model, engine, max_tokens=body.integer("max_tokens"), logprobs=request._top
+            body, model, max_tokens=body.integer("max_tokens"), logprobs=request._top
         )
         _check_best_of(body, params.n)
         salt = read_salt(body)
@@ -115,7 +115,7 @@ async def prompt_ids(
 ) -> list[int]:
     """Token ids of one prompt, given as text or as ids."""
     if isinstance(prompt, list):
-        check_token_ids(prompt, engine, "prompt")
+        check_token_ids(prompt, model, "prompt")
         return prompt
     tokenizer = model.tokenizer
     if tokenizer is None:

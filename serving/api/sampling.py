@@ -17,7 +17,6 @@ MAX_SALT = 256
 def read_sampling(
     body: Body,
     model: ServedModel,
-    engine: EngineLike,
     *,
     max_tokens: int | None,
     logprobs: int | None,
@@ -56,7 +55,7 @@ def read_sampling(
         logprobs=logprobs,
         n=1 if number is None else number,
     )
-    params.validate(engine.vocab_size)
+    params.validate(model.vocab_size)
     return params
 
 
@@ -117,11 +116,11 @@ def check_text_size(text: str, model: ServedModel, engine: EngineLike, param: st
         )
 
 
-def check_token_ids(ids: Sequence[int], engine: EngineLike, param: str) -> None:
+def check_token_ids(ids: Sequence[int], model: ServedModel, param: str) -> None:
     for token in ids:
-        if not 0 <= token < engine.vocab_size:
+        if not 0 <= token < model.vocab_size:
             raise InvalidRequestError(
                 f"{param} holds the token {token}, but this model's tokens are 0 to "
-                f"{engine.vocab_size - 1}.",
+                f"{model.vocab_size - 1}.",
                 param,
             )

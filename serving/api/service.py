@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from monitoring.metrics import EngineMetrics
 from serving.api.errors import NotReadyError
 from serving.api.logs import log
 from serving.core import SamplingParams, TokenOutput
 from serving.errors import ConfigError, LecternError, ModelError
+from serving.messages import EngineStats
 from serving.tokenizer import Tokenizer
 
 #: Restarts in a row that may fail before the process gives up.
@@ -28,11 +29,8 @@ class EngineLike(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def stats(self) -> Any: ...
+    #: Called with every new picture of the driver.
+    on_stats: Callable[[EngineStats], None] | None
 
     def generate(
         self,
@@ -56,6 +54,7 @@ class ServedModel:
     """What does not change while the process lives. `created` is in Unix seconds."""
 
     name: str
+    vocab_size: int
     tokenizer: Tokenizer | None
     untrained: bool = False
     created: int = 0
@@ -81,13 +80,13 @@ class ModelService:
         self._on_failure = on_failure
         self._engine: EngineLike | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._seen_stats: Any = None
         self._microbatches = 0
         self._microbatch_tokens = {"prefill": 0, "decode": 0}
 
     async def start(self) -> None:
         """Start the engine and make it produce one token. Raises what the engine raises."""
         self._engine = await self._start_engine()
+        self._engine.on_stats = self.take_stats
         await self._produce_a_token()
         self._become_ready()
         self._watcher = asyncio.create_task(self._watch())
@@ -169,15 +168,11 @@ class ModelService:
         return False
 
     def _forget_stats(self) -> None:
-        self._seen_stats = None
         self._microbatches = 0
         self._microbatch_tokens = {"prefill": 0, "decode": 0}
 
-    def take_stats(self, stats: Any) -> None:
-        """Store a picture of the driver in the metrics; the same picture counts once."""
-        if stats is None or stats is self._seen_stats:
-            return
-        self._seen_stats = stats
+    def take_stats(self, stats: EngineStats) -> None:
+        """Store a picture of the driver in the metrics."""
         for decode, prefill in stats.microbatches:
             self._microbatches += 1
             self._microbatch_tokens["decode"] += decode
@@ -203,8 +198,3 @@ class ModelService:
                 for number, stage in enumerate(stats.stages)
             },
         )
-
-    def render_metrics(self) -> tuple[bytes, str]:
-        if self._engine is not None:
-            self.take_stats(self._engine.stats)
-        return self.metrics.render()

@@ -42,3 +42,11 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., Server]]:
 @pytest.fixture
 def server(start: Callable[..., Server]) -> Server:
     return start()
+
+
+@pytest.fixture(scope="session")
+def server_once(tokenizer: Tokenizer) -> Iterator[Server]:
+    """A server for tests that leave nothing behind."""
+    server = Server(tokenizer, reply=tokenizer.encode(REPLY), eos=tokenizer.encode("<|im_end|>")[0])
+    with server.running():
+        yield server

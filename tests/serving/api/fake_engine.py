@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from serving.core import SamplingParams, TokenLogprobs, TokenOutput
 from serving.errors import EngineDeadError
@@ -21,6 +20,7 @@ class Call:
     cache_salt: str
     given: int = 0
     ended: str = "running"
+    life: int = 0
 
 
 @dataclass
@@ -33,7 +33,6 @@ class FakeEngine:
     reply: list[int]
     eos: int
     max_model_len: int = 256
-    vocab_size: int = 300
     per_output: int = 1
     queue_first: bool = False
     repeat: int = 1
@@ -42,8 +41,9 @@ class FakeEngine:
     calls: list[Call] = field(default_factory=list)
     restarts: int = 0
     closed: bool = False
+    lives: int = 0
     restart_errors: list[Exception] = field(default_factory=list)
-    stats: Any = None
+    on_stats: Callable[[EngineStats], None] | None = None
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -51,7 +51,7 @@ class FakeEngine:
         self.dead = asyncio.Event()
         self.restart_gate = asyncio.Event()
         self.restart_gate.set()
-        self.stats = EngineStats(
+        self.picture = EngineStats(
             pages_free=10,
             preemptions=3,
             microbatches=[(2, 5)],
@@ -71,7 +71,7 @@ class FakeEngine:
         choice: int = 0,
         cache_salt: str = "",
     ) -> AsyncIterator[TokenOutput]:
-        call = Call(prompt_token_ids, params, choice, cache_salt)
+        call = Call(prompt_token_ids, params, choice, cache_salt, life=self.lives)
         self.calls.append(call)
         try:
             if self.queue_first:
@@ -82,7 +82,7 @@ class FakeEngine:
             tokens = script[:limit]
             ends = len(script) < limit or len(script) == 0
             for start in range(0, len(tokens), self.per_output):
-                await self._wait()
+                await self._wait(call)
                 piece = tokens[start : start + self.per_output]
                 call.given += len(piece)
                 last = start + self.per_output >= len(tokens)
@@ -96,14 +96,19 @@ class FakeEngine:
                 if reason:
                     call.ended = reason
                     return
-            await self._wait()
+            await self._wait(call)
             call.ended = "stop"
             yield TokenOutput(token_ids=[], finish_reason="stop", stop_token_id=self.eos)
         finally:
             if call.ended == "running":
                 call.ended = "aborted"
 
-    async def _wait(self) -> None:
+    def die(self) -> None:
+        """End the group as a killed stage would; every open sequence fails."""
+        self.lives += 1
+        self.dead.set()
+
+    async def _wait(self, call: Call) -> None:
         """Until the gate is open; a death ends the wait."""
         if self.delay:
             await asyncio.sleep(self.delay)
@@ -113,7 +118,7 @@ class FakeEngine:
         finally:
             for wait in waits:
                 wait.cancel()
-        if self.dead.is_set():
+        if self.lives != call.life:
             raise EngineDeadError("A stage ended.")
 
     def _logprobs(self, ids: list[int], params: SamplingParams) -> list[TokenLogprobs] | None:
@@ -143,4 +148,4 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.closed = True
-        self.dead.set()
+        self.die()

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypeVar
 
 import httpx2
@@ -23,13 +24,11 @@ from tests.serving.api.fake_engine import FakeEngine
 T = TypeVar("T")
 
 
-def make_service(
-    engine: FakeEngine, tokenizer: Tokenizer | None, **options: Any
-) -> ModelService:
+def make_service(engine: FakeEngine, tokenizer: Tokenizer | None, **options: Any) -> ModelService:
     async def start() -> FakeEngine:
         return engine
 
-    model = ServedModel("tiny", tokenizer, untrained=True, created=1_700_000_000)
+    model = ServedModel("tiny", 300, tokenizer, untrained=True, created=1_700_000_000)
     return ModelService(model, start, EngineMetrics(CollectorRegistry(), "tiny"), **options)
 
 
@@ -71,13 +70,15 @@ class Server:
         """Wait until a condition holds in the server's loop."""
 
         async def watch() -> None:
-            while not holds():
+            while not holds():  # noqa: ASYNC110 - a test may look; the server has no such event
                 await asyncio.sleep(0.005)
 
-        async def bounded() -> None:
-            await asyncio.wait_for(watch(), 10)
+        self.do(asyncio.wait_for(watch(), 10))
 
-        self.do(bounded())
+    @cached_property
+    def kept_client(self) -> httpx2.Client:
+        """A client for many requests, closed with the server."""
+        return self.client()
 
     def client(self) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=20)
@@ -89,6 +90,8 @@ class Server:
         try:
             yield self
         finally:
+            if "kept_client" in self.__dict__:
+                self.kept_client.close()
             self._uvicorn.should_exit = True
             self._thread.join(20)
             assert not self._thread.is_alive()

@@ -184,9 +184,7 @@ def test_log_probabilities_do_not_give_a_stop_string_away(server: Server) -> Non
         assert entries == []
 
 
-def test_developers_are_systems_and_parts_are_joined(
-    server: Server, tokenizer: Tokenizer
-) -> None:
+def test_developers_are_systems_and_parts_are_joined(server: Server, tokenizer: Tokenizer) -> None:
     messages = [
         {"role": "developer", "content": "be brief"},
         {
