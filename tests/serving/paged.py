@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class PagedRun:
         bounds = bounds or (0, config.num_layers)
         self.config, self.page_size = config, page_size
         self.stages: list[StageModel] = []
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in pairwise(bounds):
             self.stages.append(
                 build_stage(
                     config,

@@ -81,9 +81,7 @@ def test_logits_and_greedy_tokens_equal_transformers(variant: str, tmp_path: Pat
     with torch.no_grad():
         expected = reference(torch.tensor([prompt])).logits[0]
     table = run.new_table(len(prompt))
-    parts = [
-        run.step([prompt[start:end]], [end], [table]) for start, end in [(0, 37), (37, 130)]
-    ]
+    parts = [run.step([prompt[start:end]], [end], [table]) for start, end in [(0, 37), (37, 130)]]
     parts += [run.step([[prompt[at]]], [at + 1], [table]) for at in range(130, 150)]
     torch.testing.assert_close(torch.cat(parts), expected, atol=2e-4, rtol=1e-4)
 
@@ -114,9 +112,7 @@ def test_a_mixed_batch_gives_each_sequence_its_own(family: str, tmp_path: Path) 
     tables = [run.new_table(100) for _ in range(4)]
     run.step([first[:69], second[:4], third[:50]], [69, 4, 50], tables[:3])
     # Two decodes, the rest of a prompt, and a new prompt.
-    logits = run.step(
-        [first[69:], second[4:], third[50:], fourth], [70, 5, 90, 33], tables
-    )
+    logits = run.step([first[69:], second[4:], third[50:], fourth], [70, 5, 90, 33], tables)
     rows = [0, 1, 1 + 40, 1 + 40 + 33]
     for row, prompt in zip(rows, (first, second, third, fourth), strict=True):
         expected = alone.step([prompt], [len(prompt)], [alone.new_table(100)])[-1]
