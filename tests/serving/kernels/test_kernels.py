@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from serving import kernels
-from serving.kernels import library
 
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One build for the whole session, away from the person's own cache."""
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(params=["native", "plain"], autouse=True)
-def mode(
-    request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    monkeypatch.setenv("LECTERN_HOME", str(built))
-    monkeypatch.setenv("LECTERN_NATIVE", "1" if request.param == "native" else "0")
-    library.reset()
-    if request.param == "native" and kernels.native() is None:
-        pytest.skip("needs AVX-512 with bf16 and a C++ compiler (install g++)")
-    yield request.param
-    library.reset()
-
-
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten in a fresh tensor shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def fill(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+pytestmark = pytest.mark.usefixtures("mode", "poisoned")
 
 
 def close(got: Tensor, wanted: Tensor, roundings: float) -> None:
@@ -192,10 +152,24 @@ def attended(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int 
     return torch.einsum("hnl,lhd->nhd", weights, values.double())
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256, 80])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
-@pytest.mark.parametrize("window", [None, 1, 20, 300])
-@pytest.mark.parametrize("page_size", [16, 5])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "window", "page_size"),
+    [
+        (64, 4, 4, None, 16),
+        (64, 8, 1, 20, 5),
+        (96, 6, 2, None, 5),
+        (96, 4, 4, 300, 16),
+        (128, 4, 2, None, 16),
+        (128, 8, 1, 1, 16),
+        (128, 6, 2, 20, 5),
+        (128, 4, 4, 300, 40),
+        (256, 6, 2, 20, 16),
+        (256, 8, 1, None, 5),
+        (192, 4, 2, 300, 5),
+        (32, 4, 4, 20, 16),
+        (80, 6, 2, 20, 16),
+    ],
+)
 def test_paged_attention(
     dim: int, heads: int, kv_heads: int, window: int | None, page_size: int, threads: int
 ) -> None:
