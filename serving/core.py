@@ -89,9 +89,7 @@ def _at_least(value: float, low: float, name: str) -> None:
         raise InvalidRequestError(f"{name} must be at least {low}, not {value}.", name)
 
 
-def _in_range(
-    value: float, low: float, high: float, name: str, *, open_low: bool = False
-) -> None:
+def _in_range(value: float, low: float, high: float, name: str, *, open_low: bool = False) -> None:
     inside = (low < value if open_low else low <= value) and value <= high
     if not (math.isfinite(value) and inside):
         bound = f"above {low}" if open_low else f"at least {low}"

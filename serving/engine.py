@@ -213,7 +213,7 @@ class Engine:
         return self.reason
 
     async def restart(self) -> None:
-        """End what is left of the group and start a new one. Open requests raise EngineDeadError."""
+        """End what is left of the group and start a new one; open requests raise an error."""
         await self._end_group("The engine is being restarted.", orderly=self.state == "ready")
         await self._start_group()
 

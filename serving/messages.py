@@ -8,8 +8,6 @@ Arrays travel as little-endian bytes. Nothing is pickled.
 
 from __future__ import annotations
 
-from typing import Union
-
 import msgspec
 
 from serving.config.engine import EngineConfig
@@ -30,7 +28,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End the engine: the driver shuts the stages down and exits."""
 
 
-ToDriver = Union[Submit, Abort, Stop]
+ToDriver = Submit | Abort | Stop
 
 
 # ---- driver to client process
@@ -123,7 +121,7 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     stages: list[StageSeconds] = []
 
 
-ToClient = Union[Progress, Ready, Failed, StepOutputs, EngineStats]
+ToClient = Progress | Ready | Failed | StepOutputs | EngineStats
 
 
 # ---- driver to stage
@@ -143,7 +141,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
     pass
 
 
-ToStage = Union[AllocateKv, StepPlan, Shutdown]
+ToStage = AllocateKv | StepPlan | Shutdown
 
 
 # ---- stage to driver
@@ -192,7 +190,7 @@ class StepResult(msgspec.Struct, kw_only=True, frozen=True, tag="result"):
     top_k: int = 0
 
 
-FromStage = Union[StageProgress, StageLoaded, StageStarted, StageStats, StageFailed, StepResult]
+FromStage = StageProgress | StageLoaded | StageStarted | StageStats | StageFailed | StepResult
 
 
 # ---- what a child process reads from its standard input at start

@@ -69,20 +69,22 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         if self.threads is not None:
             _check_int(self.threads, 1, 4096, "--threads")
         if not self.step_timeout > 0:
-            raise ConfigError("--step-timeout must be a number of seconds above 0.", "--step-timeout")
+            raise ConfigError(
+                "--step-timeout must be a number of seconds above 0.", "--step-timeout"
+            )
         if self.devices is not None and len(self.devices) != stages:
             raise ConfigError(
                 f"--devices names {len(self.devices)} devices for {stages} pipeline stages; "
                 "give one device a stage.",
                 "--devices",
             )
-        if self.layer_layout is not None:
-            if len(self.layer_layout) != stages or min(self.layer_layout, default=0) < 1:
-                raise ConfigError(
-                    f"--layer-layout must give at least one layer for each of the {stages} "
-                    f"pipeline stages, not {self.layer_layout}.",
-                    "--layer-layout",
-                )
+        layout = self.layer_layout
+        if layout is not None and (len(layout) != stages or min(layout, default=0) < 1):
+            raise ConfigError(
+                f"--layer-layout must give at least one layer for each of the {stages} "
+                f"pipeline stages, not {layout}.",
+                "--layer-layout",
+            )
 
     @property
     def name(self) -> str:

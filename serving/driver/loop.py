@@ -58,6 +58,7 @@ class Driver:
         self._batches: list[tuple[int, int]] = []
         self._told_at = 0.0
         self._untold = True
+        self._was_busy = True
 
     def run(self) -> None:
         """Start the stages, then serve until told to stop. Raises LecternError on any failure."""
@@ -199,7 +200,6 @@ class Driver:
         for child in self._group.children:
             self._poller.register(child.fileno(), zmq.POLLIN)
         self._deaths = {child.fileno() for child in self._group.children}
-        self._was_busy = True
         self._warm_up(limits.max_model_len)
         self.tell(Ready(limits.num_pages, limits.max_model_len))
 

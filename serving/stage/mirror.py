@@ -21,8 +21,8 @@ Int32s = NDArray[np.int32]
 class Rows:
     """One micro-batch, ready for the device. S rows (decodes first), T tokens, R sampled rows.
 
-        tokens      | d0 | d1 | ... | p0 p0 p0 p0 | p1 p1 |
-        query_starts  0    1    ...   D             D+4     T
+    tokens      | d0 | d1 | ... | p0 p0 p0 p0 | p1 p1 |
+    query_starts  0    1    ...   D             D+4     T
     """
 
     number: int

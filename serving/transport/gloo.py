@@ -8,10 +8,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from serving.transport.base import Transport
+
+# The type stubs of torch know only a part of what is used here.
+dist: Any = torch.distributed
 
 _BUFFERS = 2  # an edge; a buffer is written again only after its last send has finished
 _HIDDEN, _TOKENS = 1, 2

@@ -1,4 +1,4 @@
-"""A stage group without torch: the real scheduler and the real mirror around a model that is a hash.
+"""A stage group without torch: the real scheduler and mirror around a model that is a hash.
 
 Its KV cache is honest: a token's "KV" is the token and its position, written to the slot that the
 plan names, and the next token is a hash of what is read back through the page table. A wrong page,
@@ -39,9 +39,7 @@ def expected_output(prompt: list[int], params: SamplingParams) -> tuple[list[int
         token = next_token(tokens)
         tokens.append(token)
         enough = len(output) + 1 > params.min_tokens
-        if enough and (
-            (token == EOS and not params.ignore_eos) or token in params.stop_token_ids
-        ):
+        if enough and ((token == EOS and not params.ignore_eos) or token in params.stop_token_ids):
             return output, "stop"
         output.append(token)
     return output, "length"
@@ -75,7 +73,8 @@ class FakeModel:
             length = int(rows.context_lens[row])
             places = np.arange(length)
             table = rows.page_tables[row].astype(np.int64)
-            read = self.kv[table[places // self.page_size] * self.page_size + places % self.page_size]
+            size = self.page_size
+            read = self.kv[table[places // size] * size + places % size]
             assert (read[:, 1] == places).all(), "a page holds another position than it should"
             sampled.append(next_token(read[:, 0]))
         self.last_token[rows.sampled_slots] = sampled
@@ -166,7 +165,7 @@ class FakeEngine:
             while self.plan() is not None:
                 pass
             if not self.plans:
-                assert not self.scheduler.streams, "work is queued, nothing runs, nothing is planned"
+                assert not self.scheduler.streams, "work is queued and nothing runs"
                 return
             self.run_one()
             self.check()

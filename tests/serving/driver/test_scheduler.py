@@ -269,9 +269,7 @@ def test_any_load_in_any_interleaving(
         event = source.random()
         if waiting and event < 0.25:
             length, max_tokens, shares, salt, fate = waiting.pop()
-            prompt = [
-                (index * 7 + (0 if shares else length)) % 50 for index in range(length)
-            ]
+            prompt = [(index * 7 + (0 if shares else length)) % 50 for index in range(length)]
             stream = engine.submit(prompt, salt=salt, max_tokens=max_tokens)
             if fate == "abort":
                 to_abort.append(stream)
