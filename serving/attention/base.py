@@ -47,8 +47,8 @@ class StepInputs:
 class AttentionBackend(ABC):
     """Causal attention over paged keys and values; one instance serves every layer of a stage.
 
-    The KV tensor of a layer is [pages, 2, page_size, kv_heads, head_dim], keys at index 0, and
-    must have been allocated with zeros: a backend may read (and mask) slots never written.
+    The KV tensor of a layer is [pages, 2, page_size, kv_heads, head_dim], keys at index 0. What
+    slots outside a sequence hold, be it NaN, never reaches its result.
     """
 
     name: ClassVar[str]

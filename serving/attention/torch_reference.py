@@ -46,14 +46,16 @@ def _decode(q: Tensor, kv: Tensor, inputs: StepInputs, scale: float, window: int
     kv_heads, page_size = kv.shape[3], inputs.page_size
     longest = max(inputs.context_lens_host[:rows])
     pages = inputs.page_tables[:rows, : -(-longest // page_size)].long().clamp_min(0)
-    held = kv[pages]  # [B, pages, 2, page_size, Hkv, D]
-    keys = held[:, :, 0].reshape(rows, -1, kv_heads, dim).transpose(1, 2)
-    values = held[:, :, 1].reshape(rows, -1, kv_heads, dim).transpose(1, 2)
-    at = torch.arange(keys.shape[2], device=q.device)
+    held = kv[pages]  # [B, pages, 2, page_size, Hkv, D], a copy
+    at = torch.arange(pages.shape[1] * page_size, device=q.device)
     lengths = inputs.context_lens[:rows].unsqueeze(1)
     mask = at < lengths
     if window is not None:
         mask &= at >= lengths - window
+    # Slots past a sequence's end may hold what another one left, even NaN, which no mask stops.
+    held.masked_fill_(~mask.view(rows, -1, 1, page_size, 1, 1), 0.0)
+    keys = held[:, :, 0].reshape(rows, -1, kv_heads, dim).transpose(1, 2)
+    values = held[:, :, 1].reshape(rows, -1, kv_heads, dim).transpose(1, 2)
     attended = functional.scaled_dot_product_attention(
         q.view(rows, kv_heads, heads // kv_heads, dim),
         keys.to(q.dtype),

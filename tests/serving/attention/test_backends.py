@@ -44,7 +44,7 @@ def test_any_batch_equals_attention_written_out(name: str, data: st.DataObject) 
 
     # What no sequence owns is filled with values that would spoil any unmasked sum.
     pages = 64
-    kv = torch.full((pages, 2, page_size, kv_heads, dim), 1e4)
+    kv = torch.full((pages, 2, page_size, kv_heads, dim), torch.nan)
     free = torch.randperm(pages).tolist()
     tables = [[free.pop() for _ in range(-(-n // page_size))] for n in contexts]
     held = [torch.randn(2, n, kv_heads, dim) for n in contexts]
