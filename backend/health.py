@@ -36,15 +36,12 @@ def metrics(request: Request, context: ContextDep) -> Response:
 
 def _count(context: Context) -> None:
     with context.database.read() as session:
-        states = dict(
-            session.execute(
-                select(Document.state, func.count())
-                .where(Document.deleted_at.is_(None))
-                .group_by(Document.state)
-            )
-            .tuples()
-            .all()
+        rows = session.execute(
+            select(Document.state, func.count())
+            .where(Document.deleted_at.is_(None))
+            .group_by(Document.state)
         )
+        states = {state: count for state, count in rows}
         sessions = session.execute(
             select(func.count()).select_from(LoginSession).where(LoginSession.expires_at > utcnow())
         ).scalar_one()

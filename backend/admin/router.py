@@ -18,15 +18,12 @@ router = APIRouter(prefix="/api/admin", tags=["admin"])
 def _backend_figures(database: Database, live_streams: int) -> BackendFigures:
     today = utcnow().date()
     with database.read() as session:
-        documents = (
-            session.execute(
-                select(Document.state, func.count())
-                .where(Document.deleted_at.is_(None))
-                .group_by(Document.state)
-            )
-            .tuples()
-            .all()
+        rows = session.execute(
+            select(Document.state, func.count())
+            .where(Document.deleted_at.is_(None))
+            .group_by(Document.state)
         )
+        documents = {state: count for state, count in rows}
         tokens = session.execute(
             select(func.coalesce(func.sum(TokenBudget.used), 0)).where(TokenBudget.day == today)
         ).scalar_one()
@@ -45,7 +42,7 @@ def _backend_figures(database: Database, live_streams: int) -> BackendFigures:
         sessions=sessions,
         users=users,
         courses=courses,
-        documents=dict(documents),
+        documents=documents,
         tokens_today=int(tokens),
         requests_today=requests,
     )

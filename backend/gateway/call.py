@@ -52,6 +52,7 @@ class GatewayCall(Response):
         self._extra_headers = headers
         self._request_id = request_id
         self._started = False
+        self._accepted = False
         self._stopped = False
         self._status = "failed"
         self._usage: dict[str, Any] | None = None
@@ -93,6 +94,7 @@ class GatewayCall(Response):
             kind = response.headers.get("content-type", "application/json")
             if response.status_code >= 400:
                 raise error_of(response.status_code, await _read(response))
+            self._accepted = True
             if kind.startswith("text/event-stream"):
                 await self._relay(response, send)
             else:
@@ -183,7 +185,7 @@ class GatewayCall(Response):
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         counted = isinstance(prompt, int) and isinstance(completion, int)
         if not counted:
-            if not self._started and self._status == "failed":
+            if not self._accepted and self._status == "failed":
                 await self._meter.release()  # refused or never reached the model
                 return
             prompt = self._request.prompt_guess

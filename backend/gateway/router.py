@@ -85,6 +85,9 @@ for _path in _METERED:
     router.add_api_route(f"/{_path}", call, methods=["POST"], name=_path)
 
 
-@router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
 async def unknown(path: str, _: KeyOwnerDep) -> Response:
     raise ApiError(404, "not_found", f"There is no /v1/{path} here for this method.")
+
+
+for _method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+    router.add_api_route("/{path:path}", unknown, methods=[_method])

@@ -75,7 +75,8 @@ class StreamTap:
         return b"".join(kept)
 
     def _note(self, data: bytes) -> None:
-        self.events += data.count(b"data: {")
+        # JSON holds no bare newline, so only real lines are counted.
+        self.events += data.count(b"\ndata: {") + data.startswith(b"data: {")
         if _DONE in data and (data.startswith(_DONE) or b"\n" + _DONE in data):
             self.done = True
         if any(mark in data for mark in _ERROR):

@@ -133,6 +133,7 @@ def make_world(settings: Settings, url: str) -> World:
         "student": "student",
         "stranger": "student",
         "other_teacher": "teacher",
+        "bystander": "student",
     }
     users = {
         name: User(
