@@ -36,7 +36,7 @@ class Server:
     """uvicorn with one service in its own thread; `do` runs a coroutine in its loop."""
 
     def __init__(self, tokenizer: Tokenizer | None, **engine: Any) -> None:
-        self._listening = socket.socket()
+        self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._listening.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._tokenizer = tokenizer
