@@ -83,7 +83,8 @@ class PagedRun:
         shape = config.kv_shape(pages, page_size)
         # Slots never written hold what would spoil any sum that read them unmasked.
         self.kv = [
-            [torch.full(shape, torch.nan, dtype=dtype) for _ in stage.layers] for stage in self.stages
+            [torch.full(shape, torch.nan, dtype=dtype) for _ in stage.layers]
+            for stage in self.stages
         ]
         numbers = torch.randperm(pages, generator=torch.Generator().manual_seed(5)).tolist()
         self._free = [int(number) for number in numbers]
