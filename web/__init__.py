@@ -1,1 +1,1 @@
-"""The pages: chat, search, keys, course documents, users and monitoring. Speaks HTTP to the backend."""
+"""The pages: chat, search, keys, course documents, users, monitoring. HTTP to the backend only."""

@@ -1,7 +1,8 @@
 """The backend's HTTP interface as the pages use it.
 
-An `Api` asks for the session's token at every call and keeps none. The connection pool beneath is shared by everybody, so it must not
-remember cookies: a `Set-Cookie` of one person's answer would be sent with the next person's call.
+An `Api` asks for the session's token at every call and keeps none. The
+connection pool beneath is shared by everybody, so it must not remember cookies: a `Set-Cookie` of
+one person's answer would be sent with the next person's call.
 """
 
 from __future__ import annotations
@@ -78,9 +79,7 @@ def error_from(response: httpx2.Response) -> ApiError:
         kind = PasswordChangeRequired
     elif response.status_code == 401 and code != "invalid_credentials":
         kind = SignedOut
-    return kind(
-        message, status=response.status_code, code=code, retry_after=_retry_after(response)
-    )
+    return kind(message, status=response.status_code, code=code, retry_after=_retry_after(response))
 
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -235,7 +234,9 @@ class Api:
         return self._call("GET", f"/api/courses/{_id(course)}/conversations")
 
     def add_conversation(self, course: Any, title: str) -> Any:
-        return self._call("POST", f"/api/courses/{_id(course)}/conversations", json={"title": title})
+        return self._call(
+            "POST", f"/api/courses/{_id(course)}/conversations", json={"title": title}
+        )
 
     def conversation(self, conversation: Any) -> Any:
         return self._call("GET", f"/api/conversations/{_id(conversation)}")

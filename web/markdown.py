@@ -43,7 +43,7 @@ def _plain_label(label: str) -> str:
 def _image(match: re.Match[str]) -> str:
     label = _plain_label(match[1].strip()) or "…"
     host = link_host(match[2])
-    return f"🖼 {label} ({host})" if host else f"🖼 {label}"
+    return f":material/image: {label} ({host})" if host else f":material/image: {label}"
 
 
 def _link(match: re.Match[str]) -> str:
@@ -122,7 +122,7 @@ def cited(text: str, message: str, numbers: Collection[int]) -> str:
 
 
 def as_text(value: str) -> str:
-    """A name or title for places that read Markdown (button labels, headings): all of it literal."""
+    """A name or title for places that read Markdown, such as button labels: all of it literal."""
     flat = " ".join(value.split())
     escaped = re.sub(r"([\\`*_{}\[\]()#+\-!|<>~$:])", r"\\\1", flat)
     return re.sub(r"^(\d+)\.", r"\1\\.", escaped)

@@ -49,7 +49,7 @@ def show_open_passage(viewer: Viewer) -> None:
         passage = viewer.api.passage(wanted["course"], wanted["id"])
         number = f"[{wanted['n']}] " if wanted["n"] else ""
         title = as_text(number + document_name(passage))
-        st.dialog(title, width="large", icon=":material/menu_book:", on_dismiss=_dismiss)(_dialog)(
+        st.dialog(title, width="medium", icon=":material/menu_book:", on_dismiss=_dismiss)(_dialog)(
             viewer, wanted["course"], passage
         )
 

@@ -20,7 +20,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from web.client import SESSION_COOKIE, Api, BackendUnreachable, PasswordChangeRequired, SignedOut
+from web.client import SESSION_COOKIE, Api, ApiError, PasswordChangeRequired, SignedOut
 
 # The pages a sign-in may lead back to. Nothing else is ever the target of a redirect.
 PAGES = ("chat", "search", "keys", "documents", "users", "monitoring")
@@ -167,8 +167,6 @@ class Gate:
             return sign_in
         except PasswordChangeRequired:
             return "/password"
-        except BackendUnreachable:
-            return None  # the page itself says so, and comes back by itself
+        except ApiError:
+            return None  # the page itself says what is wrong, and comes back by itself
         return "/password" if me["user"].get("must_change_password") else None
-
-

@@ -13,7 +13,6 @@ from web.settings import WebSettings
 from web.texts import LANGUAGE_COOKIE, choose_language, text
 
 
-
 @dataclass(frozen=True)
 class Viewer:
     """The signed-in person of this run, with the calls they may make and their language."""
@@ -30,7 +29,7 @@ class Viewer:
 
     @property
     def is_administrator(self) -> bool:
-        return self.user["role"] in {"administrator", "admin"}
+        return bool(self.user["role"] == "administrator")
 
     @property
     def is_teacher(self) -> bool:

@@ -9,15 +9,16 @@ from typing import Any
 DEFAULT_BACKEND_URL = "http://127.0.0.1:8080"
 
 # Streamlit keeps an upload in memory until the script has passed it on, so the page's own limit
-# stays near the backend's.
-UPLOAD_LIMIT_MB = 64
+# is the backend's.
+UPLOAD_LIMIT_MB = 50
 
+# Source Sans and Source Code come with Streamlit; Chinese is left to the system's fonts.
 _SANS = (
-    "system-ui, -apple-system, 'Segoe UI', Roboto, 'PingFang SC', 'Hiragino Sans GB', "
+    "'Source Sans', system-ui, -apple-system, 'Segoe UI', 'PingFang SC', 'Hiragino Sans GB', "
     "'Microsoft YaHei', 'Noto Sans SC', 'Noto Sans CJK SC', 'Source Han Sans SC', sans-serif"
 )
 _MONO = (
-    "ui-monospace, 'SF Mono', 'Cascadia Code', 'JetBrains Mono', Menlo, Consolas, "
+    "'Source Code', ui-monospace, 'SF Mono', 'Cascadia Code', 'JetBrains Mono', Menlo, Consolas, "
     "'Noto Sans Mono CJK SC', 'DejaVu Sans Mono', monospace"
 )
 # One palette for both themes; the charts take their colours from the same list.
@@ -97,7 +98,7 @@ def streamlit_options(host: str, port: int) -> dict[str, Any]:
         "theme.showSidebarBorder": True,
         "theme.linkUnderline": False,
         "theme.headingFontSizes": ["1.75rem", "1.4rem", "1.15rem", "1rem", "1rem", "1rem"],
-        "theme.headingFontWeights": [650, 620, 600, 600, 600, 600],
+        "theme.headingFontWeights": [700, 600, 600, 600, 600, 600],
         "theme.metricValueFontSize": "1.7rem",
         "theme.chartCategoricalColors": SERIES_COLOURS,
     }

@@ -23,7 +23,8 @@ def parse_events(lines: Iterable[str]) -> Iterator[Event]:
     several `data` lines are joined by a line feed, unknown fields are skipped, an event that the
     end of the stream cuts is dropped. Raises ValueError when the data is not a JSON object.
     """
-    name, data = "message", []
+    name = "message"
+    data: list[str] = []
     for line in lines:
         if not line:
             if data:

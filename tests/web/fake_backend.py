@@ -167,8 +167,8 @@ class FakeBackend:
             "progress": 1.0,
         }
         self.texts[document["id"]] = text
-        count, position = 0, 0
-        for section in text.split("\n## "):
+        count = 0
+        for position, section in enumerate(text.split("\n## ")):
             if position and section.strip():
                 start = text.index(section)
                 heading = section.splitlines()[0]
@@ -187,7 +187,6 @@ class FakeBackend:
                     }
                 )
                 count += 1
-            position += 1
         document["passages"] = count
         self.documents.append(document)
         return document
@@ -258,10 +257,10 @@ class FakeBackend:
             if self.failures >= 5:
                 raise Refusal(429, "too_many_attempts", "Too many attempts.", 17)
             for person in self.people:
-                if (person.username, person.password) == (body["username"], body["password"]):
-                    if person.active:
-                        self.failures = 0
-                        return self.login_out(person)
+                known = (person.username, person.password) == (body["username"], body["password"])
+                if known and person.active:
+                    self.failures = 0
+                    return self.login_out(person)
             self.failures += 1
             raise Refusal(401, "invalid_credentials", "User name or password is wrong.")
 
@@ -380,9 +379,7 @@ class FakeBackend:
                 await asyncio.sleep(0.6)
                 document.update(state="ready", progress=1.0)
 
-            document["_task"] = None
             self._indexing = asyncio.create_task(index())
-            document.pop("_task")
             return document
 
         @app.delete("/api/courses/{course_id}/documents/{document_id}", status_code=204)
@@ -490,7 +487,7 @@ class FakeBackend:
                 "created_at": _now(),
             }
             conversation["messages"] += [asked, message]
-            delay = 0.25 if "slow" in question else self.delay
+            delay = 0.12 if "slow" in question else self.delay
             answer = Answer(conversation, message, ANSWER, delay)
             self.answers[conversation_id] = answer
             answer.task = asyncio.create_task(answer.run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import streamlit as st
@@ -16,7 +17,8 @@ from web.style import apply_style
 from web.texts import LANGUAGES, text
 from web.views import chat, documents, keys, monitoring, search, users
 
-_MARK = Path(__file__).parent.parent / "assets" / "mark.svg"
+_ASSETS = Path(__file__).parent.parent / "assets"
+_MARK = _ASSETS / "mark.svg"
 # How soon a page notices that its session ended elsewhere.
 _WATCH_SECONDS = 10
 # Secrets that a page shows once; they do not outlive the page.
@@ -69,14 +71,13 @@ def _watch_session() -> None:
 def _account(viewer: Viewer) -> None:
     other = next(code for code in LANGUAGES if code != viewer.language)
     name = str(viewer.user.get("display_name") or viewer.user["username"])
-    role = "administrator" if viewer.is_administrator else str(viewer.user["role"])
     with st.sidebar:
-        st.divider()
+        st.space("small")
         components.account_bar(
             {
                 "name": name,
                 "initial": name[:1].upper(),
-                "role": viewer.t(f"role.{role}"),
+                "role": viewer.t(f"role.{viewer.user['role']}"),
                 "other": other,
                 "otherName": LANGUAGES[other],
                 "password": viewer.t("account.password"),
@@ -106,10 +107,10 @@ def main() -> None:
         page_icon=str(_MARK),
         layout="centered",
         initial_sidebar_state="auto",
-        menu_items={"Get help": None, "Report a Bug": None, "About": None},
+        menu_items={"Get help": None, "Report a bug": None, "About": None},
     )
     apply_style()
-    st.logo(str(_MARK), size="large")
+    st.logo(str(_ASSETS / "wordmark.svg"), size="large", icon_image=str(_MARK))
     if not st.context.cookies.get(SESSION_COOKIE):
         _signed_out("/login")
     try:
@@ -130,7 +131,7 @@ def _run(viewer: Viewer) -> None:
     available = _pages(viewer)
     offered = [
         st.Page(
-            lambda render=render: render(viewer),
+            partial(render, viewer),
             title=viewer.t(f"nav.{name}"),
             icon=icon,
             url_path=name,

@@ -120,7 +120,7 @@ def _open_cited(course_id: Any, conversation: dict[str, Any] | None) -> None:
 
 def _untrained_note(viewer: Viewer) -> None:
     if viewer.model.get("untrained"):
-        st.info(viewer.t("chat.untrained"), icon=":material/science:")
+        st.caption(f":orange-badge[:material/science: {viewer.t('chat.untrained')}]")
     elif viewer.model.get("available") is False:
         st.warning(viewer.t("chat.no_model"), icon=":material/cloud_off:")
 
@@ -146,9 +146,9 @@ def _left_out(viewer: Viewer, left_out: dict[str, Any] | None) -> None:
     turns = int((left_out or {}).get("turns") or 0)
     omitted = int((left_out or {}).get("passages") or 0)
     if turns or omitted:
-        st.caption(
-            f":material/content_cut: {viewer.t('chat.left_out', turns=turns, passages=omitted)}"
-        )
+        which = "both" if turns and omitted else "turns" if turns else "passages"
+        said = viewer.t(f"chat.left_out_{which}", turns=turns, passages=omitted)
+        st.caption(f":material/content_cut: {said}")
 
 
 def _show_message(viewer: Viewer, course: dict[str, Any], message: dict[str, Any]) -> None:
@@ -217,9 +217,7 @@ def _follow(
         def show_found() -> None:
             with above.container():
                 _left_out(viewer, message.get("left_out"))
-                passages.show_found(
-                    viewer, course["id"], message_id, found, set(), answering=True
-                )
+                passages.show_found(viewer, course["id"], message_id, found, set(), answering=True)
 
         if found:
             show_found()

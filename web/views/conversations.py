@@ -55,9 +55,7 @@ def _open(conversation_id: Any) -> None:
         st.query_params["conversation"] = str(conversation_id)
 
 
-def show_list(
-    viewer: Viewer, course: dict[str, Any], conversation: dict[str, Any] | None
-) -> None:
+def show_list(viewer: Viewer, course: dict[str, Any], conversation: dict[str, Any] | None) -> None:
     with st.sidebar, shown(viewer):
         st.button(
             viewer.t("chat.new"),

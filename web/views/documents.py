@@ -15,10 +15,12 @@ from web.settings import UPLOAD_LIMIT_MB
 from web.views import members
 from web.views.keys import day
 
-_SUFFIXES = (
-    "md markdown txt html htm pdf ipynb c cc cpp h hpp py l y lex yacc g4 ll java js ts rs go sql "
-    "sh tex rst"
-).split()
+# fmt: off
+_SUFFIXES = [
+    "md", "markdown", "txt", "html", "htm", "pdf", "ipynb", "rst", "tex", "sh", "sql",
+    "c", "cc", "cpp", "h", "hpp", "py", "l", "y", "g4", "ll", "java", "js", "ts", "rs", "go",
+]
+# fmt: on
 _UNDER_WAY = {"queued", "indexing"}
 _STATES = {
     "queued": ("gray", ":material/schedule:"),
@@ -182,21 +184,10 @@ def _row(viewer: Viewer, course: dict[str, Any], document: dict[str, Any]) -> No
                         args=(viewer, "remove_document", course["id"], document["id"]),
                     )
         if state == "indexing":
-            st.progress(fraction(document.get("progress")))
+            st.progress(min(1.0, max(0.0, float(document.get("progress") or 0.0))))
         elif state == "failed":
-            reason = document.get("error")
-            if isinstance(reason, dict):
-                reason = reason.get("message")
-            st.error(safe(str(reason or viewer.t("documents.failed"))), icon=":material/error:")
-
-
-def fraction(progress: Any) -> float:
-    """How far indexing has come, in 0..1, from a fraction, a percentage or {done, total}."""
-    if isinstance(progress, dict):
-        total = float(progress.get("total") or 0)
-        progress = float(progress.get("done") or 0) / total if total else 0.0
-    value = float(progress or 0.0)
-    return min(1.0, max(0.0, value / 100 if value > 1 else value))
+            reason = document.get("error") or viewer.t("documents.failed")
+            st.error(safe(str(reason)), icon=":material/error:")
 
 
 def _act(viewer: Viewer, action: str, course_id: Any, document_id: Any) -> None:

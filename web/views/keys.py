@@ -93,7 +93,11 @@ def _new_key(viewer: Viewer) -> None:
             ),
         )
         submit.form_submit_button(
-            viewer.t("keys.create"), type="primary", width="stretch", on_click=_create, args=(viewer,)
+            viewer.t("keys.create"),
+            type="primary",
+            width="stretch",
+            on_click=_create,
+            args=(viewer,),
         )
 
 
@@ -169,7 +173,7 @@ def _examples(viewer: Viewer) -> None:
     shell.code(
         f"curl {base}/chat/completions \\\n"
         '  -H "Authorization: Bearer $LECTERN_API_KEY" -H "Content-Type: application/json" \\\n'
-        f"  -d '{{\"model\": \"{model}\", \"messages\": "
+        f'  -d \'{{"model": "{model}", "messages": '
         f'[{{"role": "user", "content": "{viewer.t("keys.example_question")}"}}]}}\'\n',
         language="bash",
     )
@@ -181,8 +185,15 @@ def _usage(viewer: Viewer) -> None:
         total, days = usage["total"], usage["days"]
         prompt, completion, requests = st.columns(3)
         prompt.metric(viewer.t("usage.prompt"), f"{total['prompt_tokens']:,}", border=True)
-        completion.metric(viewer.t("usage.completion"), f"{total['completion_tokens']:,}", border=True)
+        completion.metric(
+            viewer.t("usage.completion"), f"{total['completion_tokens']:,}", border=True
+        )
         requests.metric(viewer.t("usage.requests"), f"{total['requests']:,}", border=True)
+        budget = usage.get("budget_tokens")
+        if budget:
+            used = int(usage.get("budget_used_today") or 0)
+            said = viewer.t("usage.budget", used=f"{used:,}", budget=f"{budget:,}")
+            st.progress(min(1.0, used / budget), text=said)
         if not total["requests"]:
             st.caption(viewer.t("usage.none"))
             return
@@ -199,7 +210,10 @@ def _usage(viewer: Viewer) -> None:
                 x=alt.X("yearmonthdate(date):O", title=None, axis=alt.Axis(format="%m-%d")),
                 y=alt.Y("tokens:Q", title=viewer.t("usage.tokens"), stack="zero"),
                 color=alt.Color(
-                    "kind:N", title=None, scale=alt.Scale(range=SERIES_COLOURS), sort=None,
+                    "kind:N",
+                    title=None,
+                    scale=alt.Scale(range=SERIES_COLOURS),
+                    sort=None,
                     legend=alt.Legend(orient="top"),
                 ),
                 tooltip=["date:N", "kind:N", "tokens:Q"],

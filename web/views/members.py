@@ -14,11 +14,6 @@ from web.session import Viewer
 _ROLES = ("student", "teacher")
 
 
-def _user(member: dict[str, Any]) -> dict[str, Any]:
-    nested = member.get("user")
-    return nested if isinstance(nested, dict) else member
-
-
 def render(viewer: Viewer, course: dict[str, Any]) -> None:
     with st.form("add-member", clear_on_submit=True):
         name, role, submit = st.columns([3, 2, 1.4], vertical_alignment="bottom")
@@ -26,9 +21,10 @@ def render(viewer: Viewer, course: dict[str, Any]) -> None:
         chosen = role.selectbox(
             viewer.t("members.role"), _ROLES, format_func=lambda code: viewer.t(f"role.{code}")
         )
-        if submit.form_submit_button(
-            viewer.t("members.add"), type="primary", width="stretch"
-        ) and username.strip():
+        if (
+            submit.form_submit_button(viewer.t("members.add"), type="primary", width="stretch")
+            and username.strip()
+        ):
             with shown(viewer):
                 viewer.api.add_member(course["id"], username.strip(), chosen)
                 st.toast(viewer.t("members.added"), icon=":material/person_add:")
@@ -41,9 +37,7 @@ def render(viewer: Viewer, course: dict[str, Any]) -> None:
 
 
 def _row(viewer: Viewer, course: dict[str, Any], member: dict[str, Any]) -> None:
-    user = _user(member)
-    user_id = user.get("id", member.get("user_id"))
-    role = str(member.get("role") or "student")
+    user_id, role = member["id"], str(member["role"])
     with st.container(
         horizontal=True,
         horizontal_alignment="distribute",
@@ -51,10 +45,10 @@ def _row(viewer: Viewer, course: dict[str, Any], member: dict[str, Any]) -> None
         border=True,
         key=f"member-{user_id}",
     ):
-        shown_name = as_text(str(user.get("display_name") or user["username"]))
+        shown_name = as_text(str(member.get("display_name") or member["username"]))
         colour = "violet" if role == "teacher" else "blue"
         st.markdown(
-            f"**{shown_name}** `{user['username']}` :{colour}-badge[{viewer.t(f'role.{role}')}]",
+            f"**{shown_name}** `{member['username']}` :{colour}-badge[{viewer.t(f'role.{role}')}]",
             width="content",
         )
         st.button(

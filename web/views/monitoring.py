@@ -56,20 +56,20 @@ def _show(viewer: Viewer, overview: dict[str, Any]) -> None:
             f"{as_text(str(engine.get('model') or ''))}"
         )
     series = overview.get("series") or []
-    _figures(viewer, engine, series)
+    _figures(viewer, engine)
     left, right = st.columns(2, gap="medium")
-    with left, st.container(border=True):
-        st.markdown(f"**{viewer.t('monitoring.throughput')}**")
-        _line(viewer, series, ("generation_tokens_s",), viewer.t("monitoring.tokens_s"))
-    with right, st.container(border=True):
-        st.markdown(f"**{viewer.t('monitoring.latency')}**")
-        _line(viewer, series, ("ttft_p50_s", "tpot_p50_s"), viewer.t("monitoring.ms"), scale=1000)
     with left, st.container(border=True):
         st.markdown(f"**{viewer.t('monitoring.stages')}**")
         _stages(viewer, engine.get("stages") or [])
     with right, st.container(border=True):
         st.markdown(f"**{viewer.t('monitoring.pages')}**")
         _pages(viewer, engine.get("kv_pages") or {})
+    with left, st.container(border=True):
+        st.markdown(f"**{viewer.t('monitoring.throughput')}**")
+        _line(viewer, series, ("generation_tokens_s",), viewer.t("monitoring.tokens_s"))
+    with right, st.container(border=True):
+        st.markdown(f"**{viewer.t('monitoring.latency')}**")
+        _line(viewer, series, ("ttft_p50_s", "tpot_p50_s"), viewer.t("monitoring.ms"), scale=1000)
     with left, st.container(border=True):
         st.markdown(f"**{viewer.t('monitoring.running_chart')}**")
         _line(viewer, series, ("requests_running",), viewer.t("monitoring.requests"))
@@ -78,39 +78,20 @@ def _show(viewer: Viewer, overview: dict[str, Any]) -> None:
         _backend(viewer, overview.get("backend") or {})
 
 
-def _figures(viewer: Viewer, engine: dict[str, Any], series: list[dict[str, Any]]) -> None:
-    def spark(field: str) -> list[float] | None:
-        values = [float(point[field]) for point in series[-60:] if point.get(field) is not None]
-        return values if len(values) > 1 else None
-
-    first = st.columns(4)
-    first[0].metric(
-        viewer.t("monitoring.running"),
-        number(engine.get("requests_running")),
-        border=True,
-        chart_data=spark("requests_running"),
-        chart_type="area",
-    )
-    first[1].metric(
-        viewer.t("monitoring.waiting"), number(engine.get("requests_waiting")), border=True,
-        height="stretch",
-    )
-    first[2].metric(
-        viewer.t("monitoring.generation"),
-        number(engine.get("generation_tokens_s"), 1),
-        border=True,
-        chart_data=spark("generation_tokens_s"),
-        chart_type="area",
-    )
-    first[3].metric(
-        viewer.t("monitoring.prompt"), number(engine.get("prompt_tokens_s"), 1), border=True,
-        height="stretch",
-    )
-    second = st.columns(4)
-    for column, name in zip(second, ("ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95"), strict=True):
-        column.metric(
-            viewer.t(f"monitoring.{name}"), milliseconds(engine.get(f"{name}_s")), border=True
-        )
+def _figures(viewer: Viewer, engine: dict[str, Any]) -> None:
+    figures = [
+        (viewer.t("monitoring.running"), number(engine.get("requests_running"))),
+        (viewer.t("monitoring.waiting"), number(engine.get("requests_waiting"))),
+        (viewer.t("monitoring.generation"), number(engine.get("generation_tokens_s"), 1)),
+        (viewer.t("monitoring.prompt"), number(engine.get("prompt_tokens_s"), 1)),
+    ]
+    figures += [
+        (viewer.t(f"monitoring.{name}"), milliseconds(engine.get(f"{name}_s")))
+        for name in ("ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95")
+    ]
+    for row in (figures[:4], figures[4:]):
+        for column, (label, value) in zip(st.columns(4), row, strict=True):
+            column.metric(label, value, border=True)
 
 
 def _line(
@@ -136,6 +117,7 @@ def _line(
     if not rows:
         st.caption(viewer.t("monitoring.nothing_yet"))
         return
+    names = [viewer.t(f"monitoring.series_{field}") for field in fields]
     legend = alt.Legend(orient="top") if len(fields) > 1 else None
     chart = (
         alt.Chart(pd.DataFrame(rows))
@@ -144,7 +126,10 @@ def _line(
             x=alt.X("t:T", title=None, axis=alt.Axis(format="%H:%M:%S", tickCount=5)),
             y=alt.Y("value:Q", title=unit, scale=alt.Scale(zero=True, nice=True)),
             color=alt.Color(
-                "series:N", title=None, scale=alt.Scale(range=SERIES_COLOURS), legend=legend
+                "series:N",
+                title=None,
+                scale=alt.Scale(domain=names, range=SERIES_COLOURS[: len(names)]),
+                legend=legend,
             ),
         )
         .properties(height=220)

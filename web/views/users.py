@@ -68,14 +68,18 @@ def _keep(username: str, password: str) -> None:
 
 
 def _list(viewer: Viewer, users: list[dict[str, Any]]) -> None:
-    wanted = st.text_input(
-        viewer.t("users.filter"),
-        key="user_filter",
-        type="search",
-        icon=":material/filter_list:",
-        placeholder=viewer.t("users.filter"),
-        label_visibility="collapsed",
-    ).strip().lower()
+    wanted = (
+        st.text_input(
+            viewer.t("users.filter"),
+            key="user_filter",
+            type="search",
+            icon=":material/filter_list:",
+            placeholder=viewer.t("users.filter"),
+            label_visibility="collapsed",
+        )
+        .strip()
+        .lower()
+    )
     if wanted:
         users = [
             user
@@ -92,7 +96,7 @@ def _list(viewer: Viewer, users: list[dict[str, Any]]) -> None:
 def _row(viewer: Viewer, user: dict[str, Any]) -> None:
     active = bool(user.get("active", True))
     own = user["id"] == viewer.user["id"]
-    role = "administrator" if user["role"] == "admin" else str(user["role"])
+    role = str(user["role"])
     colour = {"administrator": "red", "teacher": "violet"}.get(role, "blue")
     badges = f":{colour}-badge[{viewer.t(f'role.{role}')}]"
     if not active:
