@@ -76,6 +76,8 @@ class ModelService:
         self.model = model
         self.metrics = metrics
         self.state: State = "starting"
+        #: Why restarting was given up; empty until then.
+        self.failure = ""
         self._start_engine = start_engine
         self._on_failure = on_failure
         self._engine: EngineLike | None = None
@@ -161,6 +163,7 @@ class ModelService:
                 lasting = isinstance(error, ConfigError | ModelError)
                 if lasting or attempt == MAX_FAILED_RESTARTS:
                     self.state = "failed"
+                    self.failure = str(error)
                     if self._on_failure is not None:
                         self._on_failure(str(error))
                     return False

@@ -1,0 +1,1 @@
+"""Loads for the engine and the figures they give: `lectern bench`."""

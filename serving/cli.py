@@ -1,0 +1,171 @@
+"""The commands `lectern serve` and `lectern bench`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serving.errors import ConfigError, LecternError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a Hugging Face checkpoint, `demo` for the demo model, or a shape such as "
+        "qwen3-0.6b (with --load-format dummy).",
+    ),
+]
+Stages = Annotated[
+    int, typer.Option(help="Pipeline stages: processes that each hold a run of layers.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="auto (as the checkpoint says), float32, bfloat16 or float16.")
+]
+LoadFormat = Annotated[
+    str, typer.Option(help="auto reads safetensors; dummy makes random weights.")
+]
+MaxSequences = Annotated[int, typer.Option(help="Sequences that may run at once.")]
+MaxBatchedTokens = Annotated[
+    int, typer.Option(help="Tokens in one micro-batch: longer prompts are cut into chunks.")
+]
+KvPages = Annotated[
+    int, typer.Option(help="Pages of the KV cache; 0: as many as --kv-memory holds.")
+]
+KvMemory = Annotated[
+    str, typer.Option(help="Memory for the KV cache of all stages together, such as 512M or 4G.")
+]
+PageSize = Annotated[int, typer.Option(help="Tokens in one KV page, a power of two.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of random weights (--load-format dummy); requests have their own.")
+]
+Threads = Annotated[
+    int, typer.Option(help="Compute threads of each stage; 0: the cores are shared out.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands `serve` and `bench`."""
+    from serving.bench.command import bench
+
+    app.command("serve")(serve)
+    app.command("bench")(bench)
+
+
+def serve(
+    model: ModelArgument,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on. Anyone who reaches it may use the engine."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = 8100,
+    pipeline_parallel_size: Stages = 1,
+    dtype: Dtype = "auto",
+    served_model_name: Annotated[
+        str, typer.Option(help="Name of the model in the API; default: the folder's name.")
+    ] = "",
+    load_format: LoadFormat = "auto",
+    max_model_len: Annotated[
+        int, typer.Option(help="Longest prompt plus answer in tokens; 0: as the model.")
+    ] = 0,
+    max_num_seqs: MaxSequences = 256,
+    max_num_batched_tokens: MaxBatchedTokens = 512,
+    num_kv_pages: KvPages = 0,
+    kv_memory: KvMemory = "1G",
+    page_size: PageSize = 16,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Keep the KV of prompts for requests that begin alike.",
+        ),
+    ] = True,
+    threads: Threads = 0,
+    seed: Seed = 0,
+) -> None:
+    """Start one engine alone, with an OpenAI-style API."""
+    from serving.api.logs import set_up_logs
+
+    set_up_logs()
+    try:
+        from serving.api.server import listen, run
+        from serving.config.model import ModelConfig
+
+        folder, name = resolve_model(model)
+        config = engine_config(
+            model=folder,
+            served_model_name=served_model_name or name,
+            pipeline_parallel_size=pipeline_parallel_size,
+            dtype=dtype,
+            load_format=load_format,
+            max_model_len=max_model_len or None,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_kv_pages=num_kv_pages or None,
+            kv_memory=parse_size(kv_memory, "--kv-memory"),
+            page_size=page_size,
+            enable_prefix_caching=enable_prefix_caching,
+            threads=threads or None,
+            seed=seed,
+        )
+        ModelConfig.from_folder(folder)
+        run(config, listen(host, port))
+    except LecternError as error:
+        fail(error)
+
+
+def fail(error: LecternError) -> None:
+    """Say what is wrong in one sentence and leave with the right exit code."""
+    from serving.api.server import exit_code
+
+    print(f"lectern: {error}", file=sys.stderr)
+    raise typer.Exit(exit_code(error)) from None
+
+
+def resolve_model(model: str) -> tuple[Path, str]:
+    """Folder and default name of what the user calls a model. Raises ConfigError."""
+    from serving.bench.shapes import shape_folder
+
+    folder = Path(model).expanduser()
+    if model == "demo" and not folder.is_dir():
+        from serving.demo_model import ensure_demo_model
+        from serving.demo_model.make import NAME
+
+        return ensure_demo_model(_home() / "demo-model", _say), NAME
+    shape = None if folder.exists() else shape_folder(model)
+    if shape is not None:
+        return shape, model
+    folder = folder.resolve()
+    return folder, folder.name
+
+
+def engine_config(**settings: Any) -> Any:
+    """An EngineConfig; its own checks raise ConfigError."""
+    from serving.config.engine import EngineConfig
+
+    return EngineConfig(**settings)
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of a size such as 4G, 512MiB or 1.5g; units are powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None:
+        raise ConfigError(f"{flag} must be a size such as 512M or 4G, not {text!r}.", flag)
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _home() -> Path:
+    import os
+
+    return Path(os.environ.get("LECTERN_HOME") or Path.home() / ".lectern")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
