@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -139,6 +140,8 @@ class FakeBackend:
         self.keys: list[dict[str, Any]] = []
         self.seen_cookies: list[str] = []
         self.down = False
+        self.may_index = threading.Event()
+        self.may_index.set()
         self._next = 100
         self._add_document("lexical-analysis.md", "Lexical analysis", DOCUMENT)
         self._add_document("yufa-fenxi.md", "语法分析", CHINESE)
@@ -373,10 +376,8 @@ class FakeBackend:
             document.update(course_id=course_id, state="queued", progress=0.0)
 
             async def index() -> None:
-                for progress in (0.3, 0.7):
-                    await asyncio.sleep(0.6)
-                    document.update(state="indexing", progress=progress)
-                await asyncio.sleep(0.6)
+                document.update(state="indexing", progress=0.4)
+                await asyncio.to_thread(self.may_index.wait)
                 document.update(state="ready", progress=1.0)
 
             self._indexing = asyncio.create_task(index())
