@@ -116,7 +116,7 @@ def cited(text: str, message: str, numbers: Collection[int]) -> str:
         found = [int(number) for number in _NUMBER.findall(match[1])]
         if not all(number in numbers for number in found):
             return match[0]
-        return "".join(f"[:primary-badge[{n}]](#cite-{message}-{n})" for n in found)
+        return "".join(f"[:blue-badge[{n}]](#cite-{message}-{n})" for n in found)
 
     return _outside_code(safe(text), lambda part: _CITATION.sub(mark, part))
 

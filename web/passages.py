@@ -99,7 +99,7 @@ def show_found(
         with st.container(horizontal=True, gap="small", key=f"sources-{message}"):
             for passage in in_answer:
                 st.button(
-                    f":primary-badge[{passage['n']}] {as_text(_label(viewer, passage))}",
+                    f":blue-badge[{passage['n']}] {as_text(_label(viewer, passage))}",
                     key=f"cite-{message}-{passage['n']}",
                     help=as_text(place(viewer, passage)) or None,
                     on_click=open_passage,
@@ -110,7 +110,7 @@ def show_found(
     with st.expander(title, expanded=answering, icon=icon, key=f"found-{message}-{answering}"):
         for passage in passages:
             st.button(
-                f":primary-badge[{passage['n']}] {as_text(_label(viewer, passage))}",
+                f":blue-badge[{passage['n']}] {as_text(_label(viewer, passage))}",
                 key=f"found-{message}-{passage['n']}",
                 type="tertiary",
                 on_click=open_passage,

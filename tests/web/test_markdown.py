@@ -98,11 +98,11 @@ def test_code_and_formulas_stay_as_they_are(verbatim: str) -> None:
 
 def test_citations_become_links_only_when_the_passage_exists() -> None:
     assert cited("so [1], 而且[2][3]。[9] x[10]", "42", {1, 2, 3}) == (
-        "so [:primary-badge[1]](#cite-42-1), "
-        "而且[:primary-badge[2]](#cite-42-2)[:primary-badge[3]](#cite-42-3)。[9] x[10]"
+        "so [:blue-badge[1]](#cite-42-1), "
+        "而且[:blue-badge[2]](#cite-42-2)[:blue-badge[3]](#cite-42-3)。[9] x[10]"
     )
     assert cited("[1, 2]", "4", {1, 2}) == (
-        "[:primary-badge[1]](#cite-4-1)[:primary-badge[2]](#cite-4-2)"
+        "[:blue-badge[1]](#cite-4-1)[:blue-badge[2]](#cite-4-2)"
     )
     assert cited("[1, 7]", "4", {1, 2}) == "[1, 7]"
     assert "#cite" not in cited("[1](https://evil.example)", "4", {1})

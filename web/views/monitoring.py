@@ -150,7 +150,7 @@ def _shares(
                 "state:N",
                 title=None,
                 scale=alt.Scale(domain=order, range=list(colours)),
-                legend=alt.Legend(orient="top"),
+                legend=alt.Legend(orient="top", columns=2, labelLimit=240),
             ),
             order=alt.Order("rank:Q"),
             tooltip=["row:N", "state:N", alt.Tooltip("value:Q", format=axis)],
@@ -179,7 +179,7 @@ def _stages(viewer: Viewer, stages: list[dict[str, Any]]) -> None:
         return
     order = [viewer.t(f"monitoring.stage_{state}") for state in _STAGE_STATES]
     st.altair_chart(
-        _shares(rows, order, _STAGE_COLOURS, 90 + 34 * len(stages), "%"), width="stretch"
+        _shares(rows, order, _STAGE_COLOURS, 110 + 34 * len(stages), "%"), width="stretch"
     )
 
 
@@ -193,7 +193,7 @@ def _pages(viewer: Viewer, pages: dict[str, Any]) -> None:
         for rank, (state, count) in enumerate(counts.items())
     ]
     order = [viewer.t(f"monitoring.page_{state}") for state in _PAGE_STATES]
-    st.altair_chart(_shares(rows, order, _PAGE_COLOURS, 124, "d"), width="stretch")
+    st.altair_chart(_shares(rows, order, _PAGE_COLOURS, 140, "d"), width="stretch")
     st.caption(
         viewer.t(
             "monitoring.page_counts",

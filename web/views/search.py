@@ -50,7 +50,7 @@ def _show(viewer: Viewer, course: dict[str, Any], rank: int, passage: dict[str, 
             horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"
         ):
             st.markdown(
-                f":primary-badge[{rank}] **{as_text(passages.document_name(passage))}**",
+                f":blue-badge[{rank}] **{as_text(passages.document_name(passage))}**",
                 width="content",
             )
             st.button(
