@@ -63,9 +63,7 @@ def serve(
         str,
         typer.Option(help="Address to listen on. Anyone who reaches it may use the engine."),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")
-    ] = 8100,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8100,
     pipeline_parallel_size: Stages = 1,
     dtype: Dtype = "auto",
     served_model_name: Annotated[

@@ -47,7 +47,7 @@ async def answer(
         await events.aclose()
         record.write(type(error).__name__)
         raise
-    return EventStream(_frames(first, events, dialect, generation, record), headers)
+    return EventStream(_frames(service, first, events, dialect, generation, record), headers)
 
 
 async def _collect(
@@ -73,6 +73,7 @@ async def _collect(
 
 
 async def _frames(
+    service: ModelService,
     first: Delta | Ping,
     events: AsyncGenerator[Delta | Ping, None],
     dialect: Dialect,
@@ -93,7 +94,7 @@ async def _frames(
     except Exception as error:
         # The status line is out: an error event is the only way left to tell the client.
         outcome = type(error).__name__
-        told = to_api_error(error)
+        told = to_api_error(error, stopping=service.stopping)
         if told.status == 500:
             log(logging.ERROR, "a stream failed", exc_info=error, request=record.request_id)
         yield _data(error_object(told))

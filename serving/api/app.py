@@ -77,11 +77,11 @@ def create_app(service: ModelService) -> FastAPI:
         ("GET", "/version", routes.version),
         ("GET", "/metrics", routes.metrics),
     ):
-        app.router.add_route(path, _guarded(handler), methods=[method])
+        app.router.add_route(path, _guarded(service, handler), methods=[method])
     return app
 
 
-def _guarded(handler: Handler) -> Handler:
+def _guarded(service: ModelService, handler: Handler) -> Handler:
     """Turn every error of a handler into an error object."""
 
     async def run(request: Request) -> Response:
@@ -90,7 +90,7 @@ def _guarded(handler: Handler) -> Handler:
         except (ClientGoneError, ClientDisconnect):
             return Response(status_code=CLIENT_GONE)
         except Exception as error:
-            told = to_api_error(error)
+            told = to_api_error(error, stopping=service.stopping)
             if told.status == 500:
                 log(
                     logging.ERROR,

@@ -52,12 +52,19 @@ class NotReadyError(ApiError):
         super().__init__(503, message, code, headers={"Retry-After": str(RETRY_AFTER)})
 
 
-def to_api_error(error: BaseException) -> ApiError:
-    """What a client is told about `error`. Anything unforeseen becomes a bare 500."""
+def to_api_error(error: BaseException, *, stopping: bool = False) -> ApiError:
+    """What a client is told about `error`. Anything unforeseen becomes a bare 500.
+
+    `stopping` tells that the engine ended on purpose and will not come back by itself.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequestError):
         return ApiError(error.status, error.message, error.code, error.param)
+    if isinstance(error, EngineDeadError) and stopping:
+        return NotReadyError(
+            "The engine was stopped while it worked on this request.", "engine_stopping"
+        )
     if isinstance(error, EngineDeadError):
         return NotReadyError(
             "The engine stopped while it worked on this request and is being restarted; "

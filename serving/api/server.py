@@ -27,7 +27,9 @@ GRACE_SECONDS = 3.0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError when there cannot be one."""
+    """A listening socket; port 0 takes a free one. Raises ConfigError when there cannot be one."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port must be between 0 and 65535, not {port}.", "--port")
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -122,7 +124,8 @@ async def _serve_http(
                 f"The engine died and could not be started again: {service.failure}"
             )
     finally:
-        log(logging.INFO, "stopping")
+        if stop.is_set():
+            log(logging.INFO, "stopping")
         for task in (starting, stopping):
             task.cancel()
         await asyncio.gather(starting, stopping, return_exceptions=True)

@@ -110,6 +110,11 @@ class ModelService:
             )
         raise NotReadyError("The engine is stopping.", "engine_stopping")
 
+    @property
+    def stopping(self) -> bool:
+        """True once the engine will not be restarted."""
+        return self.state in ("stopping", "failed")
+
     async def close(self) -> None:
         """Stop the engine; open streams end with an error event."""
         self.state = "stopping"

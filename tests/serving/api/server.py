@@ -24,22 +24,25 @@ from tests.serving.api.fake_engine import FakeEngine
 T = TypeVar("T")
 
 
-def make_service(engine: FakeEngine, tokenizer: Tokenizer | None, **options: Any) -> ModelService:
+def make_service(
+    engine: FakeEngine, tokenizer: Tokenizer | None, vocab_size: int = 300, **options: Any
+) -> ModelService:
     async def start() -> FakeEngine:
         return engine
 
-    model = ServedModel("tiny", 300, tokenizer, untrained=True, created=1_700_000_000)
+    model = ServedModel("tiny", vocab_size, tokenizer, untrained=True, created=1_700_000_000)
     return ModelService(model, start, EngineMetrics(CollectorRegistry(), "tiny"), **options)
 
 
 class Server:
     """uvicorn with one service in its own thread; `do` runs a coroutine in its loop."""
 
-    def __init__(self, tokenizer: Tokenizer | None, **engine: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int = 300, **engine: Any) -> None:
         self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._listening.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._options = engine
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
@@ -47,7 +50,7 @@ class Server:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.engine = FakeEngine(**self._options)
-        self.service = make_service(self.engine, self._tokenizer)
+        self.service = make_service(self.engine, self._tokenizer, self._vocab_size)
         await self.service.start()
         self.engine.calls.clear()
         config = uvicorn.Config(create_app(self.service), log_config=None, lifespan="off")
