@@ -218,16 +218,10 @@ class TestLimits:
     def test_quota_race(self, world: World, fake: FakeUpstream) -> None:
         """200 calls at the limit: as many as the budget carries are answered, none too many."""
         fake.delay = 0.05
-        key = world.key()
+        client = caller(world)
 
         def call(_: int) -> tuple[int, str | None]:
-            answer = httpx2.post(
-                world.url + "/v1/chat/completions",
-                json=body(max_tokens=100),
-                headers={"authorization": f"Bearer {key}"},
-                timeout=60,
-                trust_env=False,
-            )
+            answer = client.post("/v1/chat/completions", json=body(max_tokens=100))
             return answer.status_code, answer.headers.get("x-should-retry")
 
         with ThreadPoolExecutor(40) as pool:
@@ -314,20 +308,15 @@ def test_revoking_a_key_ends_its_streams(world: World, fake: FakeUpstream) -> No
 def test_many_streams_at_once(world: World, fake: FakeUpstream) -> None:
     """More than the pool of a default client would carry, all complete, nothing left behind."""
     fake.words, fake.delay = ["word "] * 10, 0.05
-    key = world.key()
+    limits = httpx2.Limits(max_connections=None)
+    client = httpx2.Client(base_url=world.url, timeout=60, trust_env=False, limits=limits)
+    client.headers["authorization"] = f"Bearer {world.key()}"
 
     def call(_: int) -> bool:
-        with httpx2.stream(
-            "POST",
-            world.url + "/v1/chat/completions",
-            json=body(stream=True),
-            headers={"authorization": f"Bearer {key}"},
-            timeout=60,
-            trust_env=False,
-        ) as answer:
+        with client.stream("POST", "/v1/chat/completions", json=body(stream=True)) as answer:
             return answer.read().endswith(b"data: [DONE]\n\n")
 
-    with ThreadPoolExecutor(120) as pool:
+    with client, ThreadPoolExecutor(120) as pool:
         assert all(pool.map(call, range(120)))
     assert fake.finished == 120
     wait_for(lambda: reserved(world) == 0)
