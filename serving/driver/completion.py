@@ -93,16 +93,16 @@ class Completion:
             return StepOutputs(streams=streams, tokens=shown_tokens, ended=ended)
         wanted = np.flatnonzero(slots.wants_logprobs[sampled][shown])
         source = rows[shown][wanted]
-        k = result.top_k
+        shape = (len(result.tokens) // 4, result.top_k)
         return StepOutputs(
             streams=streams,
             tokens=shown_tokens,
             ended=ended,
             logprob_rows=wanted.astype("<i4").tobytes(),
             logprobs=np.frombuffer(result.logprobs, "<f4")[source].tobytes(),
-            top_ids=np.frombuffer(result.top_ids, "<i4").reshape(-1, k)[source].tobytes(),
-            top_logprobs=np.frombuffer(result.top_logprobs, "<f4").reshape(-1, k)[source].tobytes(),
-            top_k=k,
+            top_ids=np.frombuffer(result.top_ids, "<i4").reshape(shape)[source].tobytes(),
+            top_logprobs=np.frombuffer(result.top_logprobs, "<f4").reshape(shape)[source].tobytes(),
+            top_k=result.top_k,
         )
 
     def _register(self, batch: MicroBatch) -> None:

@@ -44,4 +44,4 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the links."""
+        """Let what was sent arrive, within a second a link, and let go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from datetime import timedelta
@@ -18,6 +19,7 @@ dist: Any = torch.distributed
 
 _BUFFERS = 2  # an edge; a buffer is written again only after its last send has finished
 _HIDDEN, _TOKENS = 1, 2
+_CLOSE_SECONDS = 1
 
 
 class GlooTransport(Transport):
@@ -95,6 +97,10 @@ class GlooTransport(Transport):
         return tokens
 
     def close(self) -> None:
+        # A send that nobody takes any more ends with an error, which is no news at this point.
+        with contextlib.suppress(RuntimeError):
+            for work in (*self._sends, *(work for work, _ in self._token_sends)):
+                work.wait(timedelta(seconds=_CLOSE_SECONDS))
         self._sends.clear()
         self._token_sends.clear()
         self._token_receives.clear()

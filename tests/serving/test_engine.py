@@ -222,8 +222,17 @@ def test_kill_of_the_parent_leaves_nothing(checkpoint: Path) -> None:
     assert eventually(lambda: gone(processes))
 
 
+@pytest.fixture
+def damaged(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint with a weight file that ends too early."""
+    for file in checkpoint.iterdir():
+        kept = 5000 if "safetensors" in file.name else None
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:kept])
+    return tmp_path
+
+
 async def test_a_start_that_fails_says_why_and_leaves_nothing(
-    start: Start, checkpoint: Path, tmp_path: Path
+    start: Start, damaged: Path, tmp_path: Path
 ) -> None:
     before = psutil.Process().children(recursive=True)
     with pytest.raises(ModelError):
@@ -236,11 +245,6 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(
     with pytest.raises(ConfigError, match="hold only 128 tokens") as too_long:
         await start(num_kv_pages=8, max_model_len=129)
     assert too_long.value.flag == "--max-model-len"
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for file in checkpoint.iterdir():
-        kept = 5000 if "safetensors" in file.name else None
-        (damaged / file.name).write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ModelError):
         await start(model=damaged)
     assert eventually(lambda: psutil.Process().children(recursive=True) == before)
@@ -317,4 +321,6 @@ async def test_a_mixed_load_with_aborts_ends_with_every_page_free(
     assert sum(ended.values()) == 60
     await settled(engine, 60)
     assert engine.stats.pages_free == 40
-    assert engine.stats.finished["length"] == ended["length"]
+    # Some of those that were left had ended in the meantime.
+    assert engine.stats.finished["length"] >= ended["length"]
+    assert 0 < engine.stats.finished["abort"] <= ended["left"]
