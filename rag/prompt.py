@@ -218,7 +218,7 @@ class _Maker:
 
 def fenced_passage(number: int, passage: PromptPassage) -> str:
     """Return a passage as data: nothing in its text can end the marks around it."""
-    source = " > ".join(dict.fromkeys((passage.document, *passage.heading_path)))
+    source = " › ".join(dict.fromkeys((passage.document, *passage.heading_path)))
     page = f' page="{passage.page}"' if passage.page is not None else ""
     text = _PASSAGE_MARK.sub("‹", defused(passage.text)).strip("\n")
     return f'<passage n="[{number}]" source="{_one_line(source)}"{page}>\n{text}\n</passage>'

@@ -97,6 +97,13 @@ def chinese_words(run: str) -> list[str]:
     return list(rjieba.cut(run))
 
 
+def is_dictionary_word(word: str) -> bool:
+    """Say whether jieba's dictionary has the word."""
+    import rjieba
+
+    return bool(rjieba.has_word(word))
+
+
 @lru_cache(maxsize=65_536)
 def _name_words(piece: str) -> tuple[str, ...]:
     lower = piece.lower()
@@ -116,5 +123,7 @@ def _name(piece: str) -> Iterator[str]:
 def _parts(piece: str) -> Iterator[str]:
     for part in _PART.findall(piece):
         lower = part.lower()
-        if lower not in ENGLISH_STOPWORDS and (len(lower) > 1 or not lower.isascii()):
+        if lower not in ENGLISH_STOPWORDS and (
+            len(lower) > 1 or not lower.isalpha() or not lower.isascii()
+        ):
             yield stem(lower)

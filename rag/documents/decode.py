@@ -69,7 +69,7 @@ def decode(data: bytes, name: str) -> str:
             return clean(data.decode(encoding, "replace"))
     sample = data[:65_536]
     controls = len(sample) - len(sample.translate(None, _CONTROL_BYTES))
-    if b"\x00" in sample or controls > len(sample) // 50:
+    if b"\x00" in sample or controls > 3 + len(sample) // 50:
         raise DocumentError(
             f"{name} holds binary data, not the text that its name promises; export it as text,"
             " Markdown or PDF and upload that.",

@@ -29,6 +29,8 @@ class _Line:
     top: float = 0.0
     bottom: float = 0.0
     mono: bool = False
+    #: Mean width of a character, in points.
+    width: float = 0.0
 
 
 def parse_pdf(data: bytes, stem: str, name: str, limits: Limits) -> Document:
@@ -171,13 +173,13 @@ def _measured(handle: object, text: str, indexes: list[int]) -> _Line:
     line = _Line(clean(text).rstrip())
     if not indexes:
         return line
-    left, right, bottom, top = (ctypes.c_double() for _ in range(4))
     first, middle = indexes[0], indexes[len(indexes) // 2]
-    if raw.FPDFText_GetLooseCharBox(handle, first, rect := raw.FS_RECTF()):
+    rect = raw.FS_RECTF()
+    if raw.FPDFText_GetLooseCharBox(handle, first, rect):
         line.left, line.top, line.bottom = rect.left, rect.top, rect.bottom
-    elif raw.FPDFText_GetCharBox(handle, first, left, right, bottom, top):
-        line.left, line.top, line.bottom = left.value, top.value, bottom.value
     line.size = abs(line.top - line.bottom) or raw.FPDFText_GetFontSize(handle, middle)
+    if raw.FPDFText_GetLooseCharBox(handle, indexes[-1], rect):
+        line.width = max(0.0, rect.right - line.left) / len(line.text.strip())
     fonts = [_font(handle, index) for index in {first, middle, indexes[-1]}]
     line.mono = all(_MONOSPACED.search(font) for font in fonts)
     return line
@@ -353,7 +355,7 @@ def _add_paragraph(out: TextBuilder, lines: list[_Line], page: int) -> None:
 def _code(lines: list[_Line]) -> str:
     """Return code lines with the indentation that their place on the page shows."""
     edge = min(line.left for line in lines)
-    width = statistics.median_low([max(line.size, 1.0) for line in lines]) * 0.5
+    width = statistics.median_low([line.width for line in lines]) or 1.0
     return "\n".join(
         " " * min(40, max(0, round((line.left - edge) / width)))
         + line.text.strip().replace("\u00ad", "-")

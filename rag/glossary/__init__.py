@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from rag.tokens import chinese_words
+from rag.tokens import chinese_words, is_dictionary_word
 
 _CJK_RUN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]+")
 _FILE = Path(__file__).with_name("zh_en.tsv")
@@ -119,12 +119,14 @@ class Glossary:
 
 
 def _single_words(run: str) -> set[int]:
-    """Return the positions at which the word cutter sees a word of one character."""
+    """Return the positions at which a character may be a word of its own."""
     positions: set[int] = set()
     position = 0
     for word in chinese_words(run):
-        if len(word) == 1:
-            positions.add(position)
+        # A word that no dictionary has is the cutter's guess ("栈里"), so its characters may stand
+        # alone as well.
+        if len(word) == 1 or not is_dictionary_word(word):
+            positions.update(range(position, position + len(word)))
         position += len(word)
     return positions
 

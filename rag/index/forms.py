@@ -12,8 +12,12 @@ from rag.tokens import cjk_share, has_cjk, tokenize
 
 #: Above this share of Chinese letters a text means nothing to an English embedder.
 CHINESE_SHARE = 0.12
-#: Weight of an English word that stands for a Chinese one, beside 1 for a word that is written.
-GLOSS_WEIGHT = 0.5
+#: Weights of an English word that stands for a Chinese one, beside 1 for a word that is written.
+#: A Chinese question brings several native words for each term (the word, its parts, its pairs),
+#: so its English words have to count more to reach English passages among Chinese ones; Chinese
+#: passages carry theirs lightly, or they would crowd English passages out.
+QUERY_GLOSS = 1.5
+PASSAGE_GLOSS = 0.25
 #: Weight of words of the title and heading path, which the passage itself need not repeat.
 HEADING_WEIGHT = 0.5
 #: English names of one Chinese term that are searched for.
@@ -76,7 +80,7 @@ def query_forms(query: str, glossary: Glossary, *, english_only: bool) -> QueryF
             dense = None
     words: dict[str, float] = dict(Counter(tokenize(query)))
     for word, weight in _glosses(query, glossary).items():
-        words[word] = max(words.get(word, 0.0), weight * GLOSS_WEIGHT)
+        words[word] = max(words.get(word, 0.0), weight * QUERY_GLOSS)
     return QueryForms(dense, words)
 
 
@@ -85,7 +89,7 @@ def _count(counts: Counter[str], text: str, glossary: Glossary, weight: float) -
         counts[word] += weight  # type: ignore[assignment]
     if has_cjk(text):
         for word, share in _glosses(text, glossary).items():
-            counts[word] += share * GLOSS_WEIGHT * weight  # type: ignore[assignment]
+            counts[word] += share * PASSAGE_GLOSS * weight  # type: ignore[assignment]
 
 
 def _glosses(text: str, glossary: Glossary) -> dict[str, float]:
