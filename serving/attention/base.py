@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -22,7 +22,9 @@ class StepInputs:
     ```
 
     All tensors lie on the stage's device. Page numbers beyond what `context_lens` needs may be
-    anything, also negative. The lists are host copies, so that no step waits for the device.
+    anything, also negative. The lists are host copies, so that no step waits for the device; they
+    are empty where a step is recorded once and run many times, with tensors that change (`tiles`
+    and `decode_lens` are given then). Integers on a GPU may be int32 where int64 is named.
     """
 
     token_ids: Tensor
@@ -42,6 +44,12 @@ class StepInputs:
     query_starts_host: list[int]
     context_lens_host: list[int]
     page_size: int
+    table_rows: Tensor | None = None
+    """[S] int32: the row of `page_tables` with each sequence's pages; None: its own number."""
+    decode_lens: Tensor | None = None
+    """[num_decodes] int32: as context_lens, but 0 for rows that only pad; None: no row pads."""
+    tiles: Tensor | None = field(default=None, repr=False)
+    """[P, 2] int32: a backend's split of the prefills, made ahead for all layers."""
 
 
 class AttentionBackend(ABC):

@@ -1,4 +1,4 @@
-"""Norms, gate and rotary embedding: native for bf16 on the CPU, plain torch for the rest."""
+"""Norms, gate and rotary embedding: Triton on a GPU, native for bf16 on the CPU, or plain torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels import reference
+from serving.kernels.device import gpu_kernels
 from serving.kernels.library import native
 
 __all__ = ["add_rms_norm", "rms_norm", "rotary_and_write_kv", "silu_and_mul"]
@@ -21,6 +22,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., H]; weight: [H]; returns a new tensor like x.
     """
+    if x.is_cuda and (gpu := gpu_kernels()) is not None and x.is_contiguous():
+        normed: Tensor = gpu.rms_norm(x, weight, eps)
+        return normed
     library = _library(x, weight)
     if library is None or not x.is_contiguous():
         return reference.rms_norm(x, weight, eps)
@@ -42,6 +46,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`total = x + residual`; returns `(rms_norm(total), total)`. All [T, H]."""
+    if x.is_cuda and (gpu := gpu_kernels()) is not None:
+        pair: tuple[Tensor, Tensor] = gpu.add_rms_norm(
+            x.contiguous(), residual.contiguous(), weight, eps
+        )
+        return pair
     library = _library(x, residual, weight)
     if library is None or not (x.is_contiguous() and residual.is_contiguous()):
         return reference.add_rms_norm(x, residual, weight, eps)
@@ -63,6 +72,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """`silu(x[:, :I]) * x[:, I:]` of a fused gate-and-up product. x: [T, 2I] -> [T, I]."""
+    if x.is_cuda and (gpu := gpu_kernels()) is not None and x.is_contiguous():
+        gated: Tensor = gpu.silu_and_mul(x)
+        return gated
     library = _library(x)
     if library is None or not x.is_contiguous():
         return reference.silu_and_mul(x)
@@ -96,13 +108,20 @@ def rotary_and_write_kv(
     nothing. q_norm, k_norm: [D] weights of a per-head RMS norm (Qwen3).
     """
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
-    library = _library(q, k, v, kv, *norms)
     dim = q.shape[2]
+    side_by_side = all(t.stride(2) == 1 and t.stride(1) == dim for t in (q, k, v))
+    if q.is_cuda and side_by_side and (gpu := gpu_kernels()) is not None:
+        turned: Tensor = gpu.rotary_and_write_kv(
+            q, k, v, cos_sin, positions, kv, slot_mapping, page_size,
+            q_norm=q_norm, k_norm=k_norm, eps=eps,
+        )  # fmt: skip
+        return turned
+    library = _library(q, k, v, kv, *norms)
     if (
         library is None
         or dim % 2
         or dim > 1024
-        or not all(t.stride(2) == 1 and t.stride(1) == dim for t in (q, k, v))
+        or not side_by_side
         or not kv.is_contiguous()
         or cos_sin.dtype is not torch.float32
         or not cos_sin.is_contiguous()

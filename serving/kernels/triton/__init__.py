@@ -1,0 +1,39 @@
+"""Kernels of our own for NVIDIA GPUs, in Triton.
+
+Import this package only where triton is installed (`serving.kernels.device.gpu_kernels` looks).
+Kernels run on the stream that is current when they are launched: a stage makes its own stream
+current once a step, so none runs on the default one. Nothing here waits for the device.
+"""
+
+from serving.kernels.triton.attention import (
+    DecodeShape,
+    PrefillShape,
+    decode_shape,
+    paged_decode,
+    paged_prefill,
+    prefill_shape,
+    prefill_tiles,
+)
+from serving.kernels.triton.sampling import draw_tokens, resolve_tokens
+from serving.kernels.triton.tokenwise import (
+    add_rms_norm,
+    rms_norm,
+    rotary_and_write_kv,
+    silu_and_mul,
+)
+
+__all__ = [
+    "DecodeShape",
+    "PrefillShape",
+    "add_rms_norm",
+    "decode_shape",
+    "draw_tokens",
+    "paged_decode",
+    "paged_prefill",
+    "prefill_shape",
+    "prefill_tiles",
+    "resolve_tokens",
+    "rms_norm",
+    "rotary_and_write_kv",
+    "silu_and_mul",
+]

@@ -1,0 +1,136 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""From logits to tokens in one reading of them, and token ids that are not known on the host.
+
+A row's token is the first whose cumulative mass exceeds u times the row's whole mass, in the order
+of the vocabulary, as in `serving.sampling.draw`; temperature 0 takes the first largest logit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["draw_tokens", "resolve_tokens"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _block_kernel(
+    logits, temperature, maxima, sums, row_stride, vocab, blocks, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Largest scaled logit of one block of a row, and the block's mass relative to it."""
+    row = tl.program_id(0)
+    block = tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    warmth = tl.load(temperature + row)
+    scale = tl.where(warmth > 0, 1.0 / tl.where(warmth > 0, warmth, 1.0), 1.0)
+    x = (
+        tl.load(
+            logits + row.to(tl.int64) * row_stride + at, mask=at < vocab, other=float("-inf")
+        ).to(tl.float32)
+        * scale
+    )
+    best = tl.max(x, 0)
+    finite = tl.where(best == float("-inf"), 0.0, best)
+    tl.store(maxima + row * blocks + block, best)
+    tl.store(sums + row * blocks + block, tl.sum(tl.exp(x - finite), 0))
+
+
+@triton.jit
+def _choose_kernel(
+    logits, temperature, uniform, maxima, sums, slots, last_tokens, out, row_stride, vocab, blocks,
+    BLOCK: tl.constexpr, BLOCKS_PAD: tl.constexpr,
+):  # fmt: skip
+    """One row: the block in which u falls, then the token inside it."""
+    row = tl.program_id(0)
+    b = tl.arange(0, BLOCKS_PAD)
+    within = b < blocks
+    warmth = tl.load(temperature + row)
+    scale = tl.where(warmth > 0, 1.0 / tl.where(warmth > 0, warmth, 1.0), 1.0)
+    block_best = tl.load(maxima + row * blocks + b, mask=within, other=float("-inf"))
+    best = tl.max(block_best, 0)
+    mass = tl.load(sums + row * blocks + b, mask=within, other=0.0) * tl.exp(block_best - best)
+    wide = mass.to(tl.float64)
+    ends = tl.cumsum(wide, 0)
+    target = tl.load(uniform + row) * tl.sum(wide, 0)
+    # Rounding can put the target at the very end; the last block with mass is meant then.
+    last_block = tl.max(tl.where(mass > 0, b, 0), 0)
+    drawn = tl.minimum(tl.sum((ends <= target).to(tl.int32), 0), last_block)
+    greedy = tl.min(tl.where(block_best == best, b, BLOCKS_PAD), 0)
+    block = tl.where(warmth > 0, drawn, greedy)
+    before = tl.sum(tl.where(b < block, wide, 0.0), 0)
+    at = tl.arange(0, BLOCK)
+    token = block * BLOCK + at
+    x = (
+        tl.load(
+            logits + row.to(tl.int64) * row_stride + token, mask=token < vocab, other=float("-inf")
+        ).to(tl.float32)
+        * scale
+    )
+    part = tl.exp(x - best)
+    inside = tl.cumsum(part.to(tl.float64), 0)
+    last = tl.max(tl.where(part > 0, at, 0), 0)
+    offset = tl.minimum(tl.sum((inside <= target - before).to(tl.int32), 0), last)
+    first_best = tl.min(tl.where(x == tl.max(x, 0), at, BLOCK), 0)
+    chosen = block * BLOCK + tl.where(warmth > 0, offset, first_best)
+    tl.store(out + row, chosen)
+    tl.store(last_tokens + tl.load(slots + row), chosen)
+
+
+@triton.jit
+def _resolve_kernel(ids, last_tokens, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    given = tl.load(ids + at, mask=mask, other=0)
+    sampled = tl.load(last_tokens + (-1 - given), mask=mask & (given < 0), other=0)
+    tl.store(out + at, tl.where(given < 0, sampled, given).to(tl.int64), mask=mask)
+
+
+# The kernels carry no types of their own.
+_blocks: Any = _block_kernel
+_choose: Any = _choose_kernel
+_resolve: Any = _resolve_kernel
+
+
+def draw_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    uniform: Tensor,
+    slots: Tensor,
+    last_tokens: Tensor,
+    out: Tensor,
+) -> None:
+    """One token a row into `out` [R] int32, and into `last_tokens` at the row's slot.
+
+    logits: [R, V] of any float dtype, not all -inf in a row; temperature: [R] float32, 0 for the
+    largest; uniform: [R] float64 in (0, 1); slots: [R] int32; last_tokens: [slots] int32.
+    """
+    rows, vocab = logits.shape
+    if not rows:
+        return
+    blocks = triton.cdiv(vocab, _BLOCK)
+    maxima = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
+    sums = torch.empty_like(maxima)
+    stride = logits.stride(0)
+    _blocks[(rows, blocks)](
+        logits, temperature, maxima, sums, stride, vocab, blocks, _BLOCK, num_warps=4
+    )
+    _choose[(rows,)](
+        logits, temperature, uniform, maxima, sums, slots, last_tokens, out, stride, vocab, blocks,
+        _BLOCK, triton.next_power_of_2(blocks), num_warps=4,
+    )  # fmt: skip
+
+
+def resolve_tokens(ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """ids [T] int32: a token, or -1 - slot for the token sampled last for a slot -> [T] int64."""
+    out = torch.empty(ids.shape[0], dtype=torch.int64, device=ids.device)
+    if ids.shape[0]:
+        _resolve[(triton.cdiv(ids.shape[0], 256),)](
+            ids, last_tokens, out, ids.shape[0], 256, num_warps=4
+        )
+    return out

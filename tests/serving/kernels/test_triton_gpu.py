@@ -1,0 +1,55 @@
+"""The Triton kernels compiled, on a GPU."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.serving.kernels import triton_checks as checks
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here; run on a machine that has one")
+    import serving.kernels.triton
+
+    return serving.kernels.triton
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (8, 8), (8, 1), (5, 1), (32, 8)])
+def test_attention(
+    kernels: ModuleType, heads: int, kv_heads: int, dim: int, window: int | None, dtype: torch.dtype
+) -> None:
+    for seed in range(3):
+        checks.check_attention(
+            kernels, "cuda", dtype, heads=heads, kv_heads=kv_heads, dim=dim, window=window,
+            seed=seed, longest=400,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_and_gate(kernels: ModuleType, dtype: torch.dtype) -> None:
+    checks.check_tokenwise(kernels, "cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (9, 3, 96), (32, 8, 128)])
+def test_rotary(
+    kernels: ModuleType, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    checks.check_rotary(kernels, "cuda", dtype, heads, kv_heads, dim)
+
+
+@pytest.mark.parametrize("vocab", [100, 5000, 151_936])
+def test_drawing(kernels: ModuleType, vocab: int) -> None:
+    checks.check_draw(kernels, "cuda", vocab)
