@@ -26,7 +26,7 @@ def _save(tokenizer: Tokenizer, folder: Path, template: str | None) -> Path:
 
 
 def byte_level(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """256 byte tokens (id = rank of the stand-in), a few merges, specials, `<think>` not special."""
+    """256 byte tokens (id = rank of the stand-in), a few merges; `<think>` is not special."""
     vocab = {stand: i for i, stand in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for left, right in (("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w")):

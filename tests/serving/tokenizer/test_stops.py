@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +28,7 @@ def test_any_cutting_gives_the_definition(text: str, stop: list[str], cuts: list
     finder = StopFinder(stop)
     shown = ""
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    for low, high in zip(borders, borders[1:], strict=False):
+    for low, high in itertools.pairwise(borders):
         if finder.matched is None:
             shown += finder.push(text[low:high])
             # Nothing shown so far may be taken back by a later match.
