@@ -34,9 +34,9 @@ _BOMS: tuple[tuple[bytes, str], ...] = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-#: Control characters that never stand in a text file (tab, line feed, form feed, return do).
-_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
-_CONTROL_BYTES = bytes([*range(0, 9), 11, *range(14, 27), *range(28, 32), 127])
+#: Control characters that never stand in a text file (tabs, line and form feeds and returns do).
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_CONTROL_BYTES = bytes([*range(0, 9), *range(14, 27), *range(28, 32), 127])
 _DECLARED = re.compile(rb"(?:charset|coding)\s*[=:]\s*[\"']?([A-Za-z0-9_.:-]{2,40})")
 
 
@@ -132,5 +132,5 @@ def _in_big5_level_one(character: str) -> bool:
 
 def clean(text: str) -> str:
     """Normalise line ends and drop control characters, which no reader can see."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n").replace("\ufeff", "")
+    text = re.sub("\r\n|[\r\x0b\f]", "\n", text).replace("\ufeff", "")
     return _CONTROL.sub("", text)

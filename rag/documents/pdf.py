@@ -251,7 +251,7 @@ def _drop_running_lines(pages: list[list[_Line]]) -> None:
     running = {k for k, n in counts.items() if n > len(filled) * 0.6 and len(k) <= 120}
     for page in pages:
         solid = [line for line in page if line.text.strip()]
-        edge = [id(line) for line in (*solid[:2], *solid[-2:]) if key(line) in running]
+        edge = {id(line) for line in (*solid[:2], *solid[-2:]) if key(line) in running}
         if len(edge) < len(solid):
             page[:] = [line for line in page if id(line) not in edge]
 
