@@ -96,6 +96,7 @@ def serve(
         from serving.api.server import listen, run
         from serving.config.model import ModelConfig
 
+        listening = listen(host, port)
         folder, name = resolve_model(model)
         config = engine_config(
             model=folder,
@@ -114,7 +115,7 @@ def serve(
             seed=seed,
         )
         ModelConfig.from_folder(folder)
-        run(config, listen(host, port))
+        run(config, listening)
     except LecternError as error:
         fail(error)
 
