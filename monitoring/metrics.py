@@ -112,13 +112,14 @@ class EngineMetrics:
             single.labels(**self._model).set(0)
         for total in (
             self._prompt_tokens,
-            self._generation_tokens,
             self._cached_tokens,
             self._preemptions,
             self._restarts,
             self._microbatches,
         ):
             total.labels(**self._model)
+        # Looking a label up costs more than the addition, and this one happens for every token.
+        self._generated = self._generation_tokens.labels(**self._model)
         for reason in FINISH_REASONS:
             self._finished.labels(**self._model, finish_reason=reason)
         for kind in TOKEN_KINDS:
@@ -135,7 +136,7 @@ class EngineMetrics:
             self._cached_tokens.labels(**self._model).inc(cached)
 
     def count_generation(self, tokens: int) -> None:
-        self._generation_tokens.labels(**self._model).inc(tokens)
+        self._generated.inc(tokens)
 
     def count_restart(self) -> None:
         """The stage group was started again: the driver's totals begin at zero."""
