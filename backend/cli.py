@@ -130,6 +130,9 @@ def backend(
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
         server = uvicorn.Server(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # After its graceful stop uvicorn raises the signal once more; that is no crash.
+            signal.signal(number, lambda *_: None)
         server.run(sockets=[sock])
         if not server.started:
             raise typer.Exit(1)

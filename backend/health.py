@@ -41,7 +41,7 @@ def _count(context: Context) -> None:
             .where(Document.deleted_at.is_(None))
             .group_by(Document.state)
         )
-        states = {state: count for state, count in rows}
+        states = dict(rows.all())
         sessions = session.execute(
             select(func.count()).select_from(LoginSession).where(LoginSession.expires_at > utcnow())
         ).scalar_one()

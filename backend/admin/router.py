@@ -23,7 +23,7 @@ def _backend_figures(database: Database, live_streams: int) -> BackendFigures:
             .where(Document.deleted_at.is_(None))
             .group_by(Document.state)
         )
-        documents = {state: count for state, count in rows}
+        documents = dict(rows.all())
         tokens = session.execute(
             select(func.coalesce(func.sum(TokenBudget.used), 0)).where(TokenBudget.day == today)
         ).scalar_one()

@@ -45,7 +45,7 @@ def test_cited_answer(ready: World, fake: FakeUpstream) -> None:
     client = ready.client("student")
     path = start(ready, client)
     seen = ask(client, path)
-    assert [name for name, _ in seen][0] == "passages"
+    assert seen[0][0] == "passages"
     assert {name for name, _ in seen[1:-1]} == {"delta"}
     passages = seen[0][1]["passages"]
     assert passages[0]["n"] == 1
@@ -300,8 +300,7 @@ def test_questions_at_once_get_one_answer(database: Database, tmp_path: Path) ->
         try:
             service.ask(database, conversation.id, f"question {number}")
         except ApiError as error:
-            assert error.code == "answer_running"
-            return False
+            return error.code != "answer_running"
         return True
 
     with ThreadPoolExecutor(8) as pool:

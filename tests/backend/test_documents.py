@@ -308,7 +308,7 @@ from backend.database import Database
 from tests.backend import test_documents as t, world
 where = sys.argv[3]
 logs.configure()
-def hang(*_):
+def hang(*_, **__):
     print("hanging", flush=True)
     threading.Event().wait()
 parser = hang if where == "parse" else world.parse_lines
@@ -334,10 +334,12 @@ def test_killed_worker_is_followed_by_the_next(
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == b"hanging\n"
-    assert state(database, document).state == "indexing"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        assert process.stdout.readline() == b"hanging\n"
+        assert state(database, document).state == "indexing"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     stop = threading.Event()
     following = worker_for(database, tmp_path)
     thread = threading.Thread(target=following.run, args=(stop,))

@@ -128,7 +128,10 @@ def test_backend_command_from_first_login_to_stop(prepared: Path, free_port: int
         second = lectern(prepared, "backend", "--port", str(free_port))
         assert second.returncode == 2
         assert "--port" in second.stderr
-        elsewhere = lectern(prepared, "backend", "--port", "1" + str(free_port)[1:])
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            other_port = str(sock.getsockname()[1])
+        elsewhere = lectern(prepared, "backend", "--port", other_port)
         assert elsewhere.returncode == 2
         assert "Another backend is running" in elsewhere.stderr
         login = prepared / "initial-login"

@@ -89,7 +89,9 @@ def test_50_writers_for_30_seconds(sqlite_url: str) -> None:
         settled += int(out)
     assert (utcnow() - began).total_seconds() >= SECONDS
     with database.read() as session:
-        assert session.execute(select(func.count()).select_from(UsageRecord)).scalar_one() == settled
+        assert (
+            session.execute(select(func.count()).select_from(UsageRecord)).scalar_one() == settled
+        )
         used, reserved = session.execute(
             select(func.sum(TokenBudget.used), func.sum(TokenBudget.reserved))
         ).one()
