@@ -16,7 +16,7 @@ CHINESE_SHARE = 0.12
 #: A Chinese question brings several native words for each term (the word, its parts, its pairs),
 #: so its English words have to count more to reach English passages among Chinese ones; Chinese
 #: passages carry theirs lightly, or they would crowd English passages out.
-QUERY_GLOSS = 1.5
+QUERY_GLOSS = 1.25
 PASSAGE_GLOSS = 0.25
 #: Weight of words of the title and heading path, which the passage itself need not repeat.
 HEADING_WEIGHT = 0.5

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 K1 = 1.2
-B = 0.6
+B = 0.75
 
 
 class SparseIndex:
