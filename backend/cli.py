@@ -170,8 +170,10 @@ def worker() -> None:
     thread = threading.Thread(target=running.run, args=(stop,), name="worker", daemon=True)
     thread.start()
     stop.wait()
-    # A short job is finished; a long one is left to the next worker, as after any other death.
+    # A short job is finished; a long one goes to the next worker.
     thread.join(timeout=_GRACE_SECONDS)
+    if thread.is_alive():
+        running.give_back()
     os._exit(0)
 
 

@@ -56,6 +56,7 @@ class Worker:
         self._lease = lease_seconds
         self._attempts = attempts
         self._name = jobs.worker_name()
+        self._current: Claim | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set. A database that is away for a while is waited for."""
@@ -69,6 +70,11 @@ class Worker:
             if not worked:
                 stop.wait(_IDLE_SECONDS)
 
+    def give_back(self) -> None:
+        """A graceful stop in mid-job: the job goes back and the attempt does not count."""
+        if self._current is not None:
+            jobs.give_back(self._database, self._current)
+
     def run_once(self) -> bool:
         """Take one job and see it through; False when none is waiting."""
         claim = jobs.claim(self._database, self._name, self._lease, self._attempts)
@@ -76,8 +82,10 @@ class Worker:
             return False
         log.info("job begun", job=claim.job_id, kind=claim.kind, attempt=claim.attempt)
         began = time.monotonic()
+        self._current = claim
         with self._heartbeat(claim):
             self._work(claim)
+        self._current = None
         log.info("job ended", job=claim.job_id, seconds=round(time.monotonic() - began, 2))
         return True
 

@@ -248,7 +248,7 @@ def test_silent_worker_loses_its_job_and_can_change_nothing(
     assert state(database, document).error == jobs.DIED.format(attempts=2)
 
 
-def test_graceful_stop_gives_the_job_back(
+def test_a_job_given_back_does_not_count_the_attempt(
     database: Database, course: Course, tmp_path: Path
 ) -> None:
     accept(database, course, tmp_path)
@@ -422,3 +422,27 @@ def test_health_of_the_page_while_indexing(world: World) -> None:
     world.upload("notes.txt", NOTES)
     metrics = httpx2.get(world.url + "/metrics").text
     assert 'lectern_backend_index_jobs{state="queued"} 1.0' in metrics
+
+
+def test_graceful_stop_in_the_middle_of_a_job(
+    database: Database, course: Course, tmp_path: Path
+) -> None:
+    document, begun, go = accept(database, course, tmp_path), threading.Event(), threading.Event()
+
+    def slow(source: Path, name: str) -> ParsedDocument:
+        begun.set()
+        assert go.wait(20)
+        return parse_lines(source, name)
+
+    worker = worker_for(database, tmp_path, slow)
+    thread = threading.Thread(target=worker.run_once)
+    thread.start()
+    assert begun.wait(20)
+    worker.give_back()
+    go.set()
+    thread.join()
+    # What the stopped worker still did has changed nothing; the next one starts afresh.
+    assert state(database, document).parsed_at is None
+    claim = jobs.claim(database, "next:1:1", 60, 2)
+    assert claim is not None
+    assert (claim.kind, claim.attempt) == ("parse", 1)
