@@ -25,7 +25,8 @@ OVERLAP = 32
 #: Counted for a piece of a cut block, so that nothing joins it.
 _ALONE = 1_000_000
 _BODILESS = frozenset({"heading", "rule"})
-_WORD = re.compile(r"[A-Za-z]+|\d+|[^\W\d_]|[^\w\s]")
+_WORD = re.compile(r"[A-Za-z]+|\d+|[^\W\d_]|[^\w\s]|_")
+_BLANK_LINES = re.compile(r"(?:[^\S\n]*\n)+")
 _SENTENCE_END = re.compile(r"(?:[.!?][\"')\]]*\s+|[。！？；][”’）」]*|\n\s*\n)")
 _OPENING = re.compile(r"^((?:\s|>|[-*+](?=\s)|\d+[.)](?=\s))*)(`{3,}|~{3,})[ \t]*([^\n]*)$")
 _TABLE_RULE = re.compile(r"^[\s>]*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
@@ -84,7 +85,12 @@ def pack(document: Document, budget: int = BUDGET) -> list[PassageDraft]:
     groups: list[list[_Atom]] = []
     group: list[_Atom] = []
     for atom in _atoms(document, budget):
-        if group and _has_body(group) and _must_end(group, atom, budget):
+        if group and not _has_body(group):
+            # Headings wait for their text; a whole page of nothing else is its own text.
+            if _tokens(group) > budget:
+                groups.append(group)
+                group = []
+        elif group and _must_end(group, atom, budget):
             trailing = _trailing_headings(group)
             groups.append(group[: len(group) - len(trailing)])
             group = [*trailing]
@@ -110,12 +116,12 @@ def _drafts(document: Document, groups: list[list[_Atom]]) -> list[PassageDraft]
 
 
 def _must_end(group: list[_Atom], atom: _Atom, budget: int) -> bool:
-    used = sum(a.tokens for a in group)
+    used = _tokens(group)
     page = next(a.page for a in group if a.kind not in _BODILESS)
     if atom.page != page or atom.before or group[-1].after:
         return True
     if atom.kind == "rule":
-        return False
+        return used > budget
     if atom.kind == "heading":
         # The next section joins a small one only if both hang under the same heading.
         path = _common_path([a for a in group if a.kind not in _BODILESS])
@@ -123,6 +129,10 @@ def _must_end(group: list[_Atom], atom: _Atom, budget: int) -> bool:
         related = path[: len(parent)] == parent and (bool(parent) or not path)
         return used >= min(FULL_ENOUGH, budget // 2) or not related
     return used + atom.tokens > budget
+
+
+def _tokens(group: list[_Atom]) -> int:
+    return sum(atom.tokens for atom in group)
 
 
 def _has_body(group: list[_Atom]) -> bool:
@@ -298,9 +308,10 @@ def _best_cut(text: str, rows: list[tuple[int, int, int]], first: int, last: int
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    while start < end and not text[start:end].split("\n", 1)[0].strip():
-        start += len(text[start:end].split("\n", 1)[0]) + 1
-    return min(start, end), start + len(text[start:end].rstrip())
+    """Return the span without blank lines at its ends; the first line keeps its indentation."""
+    blank = _BLANK_LINES.match(text, start, end)
+    start = blank.end() if blank else start
+    return start, start + len(text[start:end].rstrip())
 
 
 def _cut_prose(text: str, budget: int) -> list[tuple[int, int]]:

@@ -37,7 +37,11 @@ _BOMS: tuple[tuple[bytes, str], ...] = (
 #: Control characters that never stand in a text file (tabs, line and form feeds and returns do).
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _CONTROL_BYTES = bytes([*range(0, 9), *range(14, 27), *range(28, 32), 127])
-_DECLARED = re.compile(rb"(?:charset|coding)\s*[=:]\s*[\"']?([A-Za-z0-9_.:-]{2,40})")
+_DECLARED = re.compile(
+    rb"(?:charset|coding)\s*[=:]\s*[\"']?(gb\d{4,5}|gbk|big5(?:-?hkscs)?|shift_?jis|euc-?\w{2}|"
+    rb"iso-?8859-?\d{1,2}|latin-?1|(?:windows-|cp)125\d|koi8-[ru])\b",
+    re.IGNORECASE,
+)
 
 
 def real_type(data: bytes) -> str | None:

@@ -230,6 +230,25 @@ def test_pdf_pages_headings_code_and_running_titles() -> None:
     assert "page 3" not in document.text
 
 
+def test_a_pdf_that_pdfium_cannot_open_is_read_by_the_other_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import pypdfium2
+
+    data = make_pdf([[("Helvetica", "first page", 10.0)], [("Helvetica", "second page", 10.0)]])
+
+    def fail(*args: object) -> None:
+        raise pypdfium2.PdfiumError("cannot load")
+
+    monkeypatch.setattr(pypdfium2, "PdfDocument", fail)
+    document = parse(data, "p.pdf")
+    assert document.title == "Registers and Spills"
+    assert [(shown(document, b), b.page) for b in document.blocks] == [
+        ("first page", 1),
+        ("second page", 2),
+    ]
+
+
 def test_encrypted_pdf() -> None:
     writer = pypdf.PdfWriter(clone_from=io.BytesIO(make_pdf([[("Helvetica", "secret", 10.0)]])))
     writer.encrypt("open sesame", algorithm="RC4-128")
@@ -363,6 +382,12 @@ def test_western_encoding_and_damaged_utf8() -> None:
     assert parse("café naïve".encode("latin-1"), "t.txt").text == "café naïve"
     damaged = "编译原理课程讲义第一章".encode() + b"\xff" + "结束".encode()
     assert "编译原理课程讲义第一章" in parse(damaged, "t.txt").text
+
+
+def test_a_declared_encoding_is_used_and_a_dangerous_one_is_not() -> None:
+    russian = "<meta charset='windows-1251'><p>Компилятор"
+    assert "Компилятор" in parse(russian.encode("cp1251"), "r.html").text
+    parse(b"# coding: punycode\n" + b"\xe9x" * 20_000, "p.py")
 
 
 def test_big5() -> None:

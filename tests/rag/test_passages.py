@@ -207,3 +207,26 @@ def test_promises_hold_for_random_source(source: str) -> None:
         position = draft.end
     assert not document.text[position:].strip()
     assert re.sub(r"\s", "", "".join(d.text for d in drafts)) == re.sub(r"\s", "", document.text)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"[" * 300_000, "a.md"),
+        (b"# " + b"[" * 300_000, "a.md"),
+        (b"> " * 100_000 + b"x", "a.md"),
+        (b"x\n" + b"\n" * 500_000 + b"y", "a.md"),
+        (b"```\n" + b"\n" * 500_000 + b"y", "a.md"),
+        (b"x\n" + b" \n" * 300_000 + b"y", "a.c"),
+        (b"_\n\n" * 100_000, "a.txt"),
+        (b"# a\n" * 50_000, "a.md"),
+        (b"---\n\n" * 50_000, "a.md"),
+        (b"*a " * 100_000, "a.md"),
+        (b"<" * 300_000, "a.html"),
+        (b"<b>" * 200_000 + b"x", "a.html"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_crafted_files_cost_no_more_than_their_size(data: bytes, name: str) -> None:
+    document = parse(data, name)
+    assert pack(document)[-1].end == len(document.text)
