@@ -38,7 +38,20 @@ KvPages = Annotated[
     int, typer.Option(help="Pages of the KV cache; 0: as many as --kv-memory holds.")
 ]
 KvMemory = Annotated[
-    str, typer.Option(help="Memory for the KV cache of all stages together, such as 512M or 4G.")
+    str,
+    typer.Option(
+        help="Memory for the KV cache of all stages together, such as 512M or 4G; default: 1G on "
+        "the CPU, and on a GPU what --gpu-memory-utilization leaves.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")]
+GpuMemory = Annotated[
+    float, typer.Option(help="Share of a GPU's memory that the engine may use in all.")
+]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option("--cuda-graphs/--no-cuda-graphs", help="Record small steps on a GPU at start."),
 ]
 PageSize = Annotated[int, typer.Option(help="Tokens in one KV page, a power of two.")]
 Seed = Annotated[
@@ -76,7 +89,10 @@ def serve(
     max_num_seqs: MaxSequences = 256,
     max_num_batched_tokens: MaxBatchedTokens = 512,
     num_kv_pages: KvPages = 0,
-    kv_memory: KvMemory = "1G",
+    kv_memory: KvMemory = "",
+    device: Device = "auto",
+    gpu_memory_utilization: GpuMemory = 0.9,
+    cuda_graphs: CudaGraphs = True,
     page_size: PageSize = 16,
     enable_prefix_caching: Annotated[
         bool,
@@ -108,7 +124,10 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             num_kv_pages=num_kv_pages or None,
-            kv_memory=parse_size(kv_memory, "--kv-memory"),
+            kv_memory=parse_size(kv_memory, "--kv-memory") if kv_memory else None,
+            device=device,
+            gpu_memory_utilization=gpu_memory_utilization,
+            cuda_graphs=cuda_graphs,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
             threads=threads or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -48,8 +48,8 @@ class StepInputs:
     """[S] int32: the row of `page_tables` with each sequence's pages; None: its own number."""
     decode_lens: Tensor | None = None
     """[num_decodes] int32: as context_lens, but 0 for rows that only pad; None: no row pads."""
-    tiles: Tensor | None = field(default=None, repr=False)
-    """[P, 2] int32: a backend's split of the prefills, made ahead for all layers."""
+    tiles: Any = field(default=None, repr=False)
+    """A backend's split of the prefills, made ahead for all layers."""
 
 
 class AttentionBackend(ABC):

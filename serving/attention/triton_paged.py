@@ -15,6 +15,7 @@ __all__ = ["TritonAttention"]
 class TritonAttention(AttentionBackend):
     """Decodes by split keys, prefills by tiles of tokens; pages are walked in place.
 
+    `StepInputs.tiles` is a pair: what `prefill_tiles` gives, on the device, and its shape.
     `processors` bounds how many multiprocessors a launch is laid out for (default: all).
     """
 
@@ -52,9 +53,12 @@ class TritonAttention(AttentionBackend):
                 ),
                 out=out,
             )
-        shape = triton.prefill_shape(heads, kv_heads, dim, q.dtype)
         if inputs.tiles is None:
-            inputs.tiles = self._tiles(inputs, shape.tokens(heads, kv_heads))
+            shape = triton.prefill_shape(
+                heads, kv_heads, dim, q.dtype, longest=max(inputs.context_lens_host)
+            )
+            inputs.tiles = (self._tiles(inputs, shape.tokens(heads, kv_heads)), shape)
+        tiles, shape = inputs.tiles
         triton.paged_prefill(
             q,
             kv,
@@ -62,7 +66,7 @@ class TritonAttention(AttentionBackend):
             table_rows=inputs.table_rows,
             query_starts=inputs.query_starts,
             context_lens=inputs.context_lens,
-            tiles=inputs.tiles,
+            tiles=tiles,
             scale=scale,
             sliding_window=sliding_window,
             shape=shape,

@@ -72,6 +72,16 @@ def bench(
         str,
         typer.Option(help="KV cache such as 4G; default: what the loads need, if it is there."),
     ] = "",
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")
+    ] = "auto",
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of a GPU's memory that the engine may use in all.")
+    ] = 0.9,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option("--cuda-graphs/--no-cuda-graphs", help="Record small steps on a GPU."),
+    ] = True,
     page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
     threads: Annotated[
         int, typer.Option(help="Compute threads of each stage; 0: the cores are shared out.")
@@ -115,6 +125,9 @@ def bench(
             "max_num_batched_tokens": max_num_batched_tokens,
             "max_model_len": max_model_len or None,
             "page_size": page_size,
+            "device": device,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "cuda_graphs": cuda_graphs,
             "threads": threads or None,
         },
     )
@@ -195,13 +208,18 @@ async def _bench(settings: Settings) -> None:
         await target.close()
 
 
-def _kv_memory(settings: Settings, loads: list[Load], model: ModelConfig) -> int:
-    """Bytes for all sequences of the largest load that may run at once; half of what is free."""
-    from serving.bench.machine import memory_available
+def _kv_memory(settings: Settings, loads: list[Load], model: ModelConfig) -> int | None:
+    """Bytes for all sequences of the largest load that may run at once; half of what is free.
+
+    None on a GPU, whose memory is planned at start.
+    """
+    from serving.bench.machine import memory_available, on_gpu
     from serving.cli import parse_size
 
     if settings.kv_memory:
         return parse_size(settings.kv_memory, "--kv-memory")
+    if on_gpu(settings.engine["device"]):
+        return None
     page = settings.engine["page_size"]
     if not isinstance(page, int) or page < 1:
         raise ConfigError("--page-size must be a power of two such as 16.", "--page-size")

@@ -28,14 +28,28 @@ def _git(*arguments: str) -> str:
 
 
 def hardware() -> str:
-    """Processor, cores this process may use, and memory."""
+    """Processor, cores this process may use, memory, and the GPU if there is one."""
     name = platform.processor() or platform.machine()
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):
             name = line.partition(":")[2].strip()
             break
     cores = len(os.sched_getaffinity(0))
-    return f"{name}, {cores} cores, {_memory('MemTotal') / (1 << 30):.0f} GiB"
+    gpu = f", {_gpu_name()}" if on_gpu("auto") else ""
+    return f"{name}, {cores} cores, {_memory('MemTotal') / (1 << 30):.0f} GiB{gpu}"
+
+
+def on_gpu(device: str) -> bool:
+    """Whether an engine with this `--device` runs on a GPU here."""
+    import torch
+
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def memory_available() -> int:

@@ -15,8 +15,10 @@ GIB = 1 << 30
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     """Settings of one engine.
 
-    `num_kv_pages` fixes the number of KV pages; otherwise `kv_memory` bytes (all stages together)
-    decide. `layer_layout` gives the number of layers of each stage. `devices` names one torch
+    `device` auto takes a GPU if there is one. `num_kv_pages` fixes the number of KV pages; else
+    `kv_memory` bytes (all stages together) decide; without them it is 1 GiB on the CPU, and on a
+    GPU what `gpu_memory_utilization` of its memory leaves. `cuda_graphs` records steps on a GPU.
+    `layer_layout` gives the number of layers of each stage. `devices` names one torch
     device a stage. `threads` is the number of compute threads a stage; by default the cores are
     shared out. `step_timeout` seconds without a result of a running micro-batch mean that a stage
     hangs.
@@ -28,7 +30,10 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     load_format: Literal["auto", "dummy"] = "auto"
     page_size: int = 16
     num_kv_pages: int | None = None
-    kv_memory: int = GIB
+    kv_memory: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
@@ -61,7 +66,15 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
             )
         if self.num_kv_pages is not None:
             _check_int(self.num_kv_pages, 1, 1 << 31, "--num-kv-pages")
-        _check_int(self.kv_memory, 1, 1 << 60, "--kv-memory")
+        if self.kv_memory is not None:
+            _check_int(self.kv_memory, 1, 1 << 60, "--kv-memory")
+        _check_choice(self.device, ("auto", "cpu", "cuda"), "--device")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                "--gpu-memory-utilization must be above 0 and at most 1, not "
+                f"{self.gpu_memory_utilization}.",
+                "--gpu-memory-utilization",
+            )
         _check_int(self.max_num_seqs, 1, 1 << 16, "--max-num-seqs")
         _check_int(self.max_num_batched_tokens, 1, 1 << 20, "--max-num-batched-tokens")
         if self.max_model_len is not None:
@@ -91,8 +104,11 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         """The name under which the model is served."""
         return self.served_model_name or self.model.name
 
-    def device(self, stage: int) -> str:
-        return self.devices[stage] if self.devices is not None else "cpu"
+    def stage_device(self, stage: int) -> str:
+        """The torch device of one stage, or "auto"."""
+        if self.devices is not None:
+            return self.devices[stage]
+        return f"cuda:{stage}" if self.device == "cuda" else self.device
 
 
 def _check_int(value: int, low: int, high: int, flag: str) -> None:

@@ -112,9 +112,19 @@ class StageModel:
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """Final norm and head of the rows that get a token. [R, H] -> [R, vocab] float32."""
+        head, norm = self._ends()
+        return head.packed.float32(norm(hidden_rows))
+
+    @torch.inference_mode()
+    def scores(self, hidden_rows: Tensor) -> Tensor:
+        """As `logits`, in the stage's own dtype."""
+        head, norm = self._ends()
+        return head(norm(hidden_rows))
+
+    def _ends(self) -> tuple[Linear, RMSNorm]:
         if self._head is None or self._norm is None:
             raise ValueError("only the last stage has a head")
-        return self._head.packed.float32(self._norm(hidden_rows))
+        return self._head, self._norm
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._embedding is not None:

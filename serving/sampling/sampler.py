@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from serving.sampling.filters import logit_floor
 from serving.sampling.penalties import PenaltyTable
 from serving.sampling.rng import stream_key, uniforms
 
-__all__ = ["SampleOutput", "Sampler"]
+__all__ = ["PlainRows", "SampleOutput", "Sampler"]
 
 _PENALTY, _LOGPROBS, _FILTER = 1, 2, 4
 # Below this a temperature means greedy but for ties, and its reciprocal would overflow.
@@ -38,6 +39,17 @@ class SampleOutput:
     logprobs: Tensor | None = None
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """What rows without filters, penalties, bans or log probabilities need: [R] each.
+
+    Temperature 0 is greedy, and its uniform number means nothing.
+    """
+
+    temperature: NDArray[np.float32]
+    uniform: NDArray[np.float64]
 
 
 class Sampler:
@@ -112,6 +124,12 @@ class Sampler:
         self._flags[slot] = 0
         self._min_end[slot] = 0
 
+    def plain(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> PlainRows | None:
+        """Settings of rows that a kernel can draw from their logits alone; None if one cannot."""
+        if self._flags[slots].any() or (positions < self._min_end[slots]).any():
+            return None
+        return PlainRows(self._temperature[slots], uniforms(self._keys[slots], positions))
+
     @torch.inference_mode()
     def sample(
         self,
@@ -152,7 +170,14 @@ class Sampler:
         return SampleOutput(token_ids)
 
     def _indices(self, mask: NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(mask)).to(self._device)
+        return self._upload(np.flatnonzero(mask))
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        """A copy on the device, behind what was launched; the host does not wait for it."""
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _adjust(
         self,
@@ -181,9 +206,9 @@ class Sampler:
         flags: NDArray[np.uint8],
     ) -> Tensor:
         """Rows that sample: filters where asked for, then the inverse CDF."""
-        u = torch.from_numpy(uniforms(self._keys[rows], places)).to(self._device)
+        u = self._upload(uniforms(self._keys[rows], places))
         warmth = self._temperature[rows]
-        temperature = torch.from_numpy(warmth).to(self._device)
+        temperature = self._upload(warmth)
         scaled = logits if (warmth == 1.0).all() else logits / temperature.unsqueeze(1)
         mass = torch.softmax(scaled, dim=-1)
         filtered = (flags & _FILTER) > 0
@@ -204,9 +229,9 @@ class Sampler:
             logits,
             mass,
             temperature,
-            torch.from_numpy(top_k).to(self._device),
-            torch.from_numpy(self._top_p[rows]).to(self._device),
-            torch.from_numpy(self._min_p[rows]).to(self._device),
+            self._upload(top_k),
+            self._upload(self._top_p[rows]),
+            self._upload(self._min_p[rows]),
             int(top_k.max()),
         )
 

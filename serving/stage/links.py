@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import msgspec
 import numpy as np
 import zmq
 from torch import Tensor
 
-from serving.messages import FromStage, StepResult, ToStage, socket_address
+from serving.messages import FromStage, StageFailed, StepResult, ToStage, socket_address
 from serving.sampling import SampleOutput
 
 _QUEUE = 1024  # far more than can be in flight; a full queue means that the driver is gone
@@ -23,7 +25,9 @@ class DriverLinks:
         self._plans.connect(socket_address(directory, f"plans-{stage}"))
         self._results = self._context.socket(zmq.PUSH)
         self._results.set_hwm(_QUEUE)
-        self._results.connect(socket_address(directory, "results"))
+        self._results_address = socket_address(directory, "results")
+        self._results.connect(self._results_address)
+        self._others: list[zmq.Socket[bytes]] = []
         self._decoder: msgspec.msgpack.Decoder[ToStage] = msgspec.msgpack.Decoder(ToStage)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -57,11 +61,36 @@ class DriverLinks:
             )
         )
 
+    def another(self) -> ResultSender:
+        """A way back to the driver for another thread than this object's."""
+        socket = self._context.socket(zmq.PUSH)
+        socket.set_hwm(_QUEUE)
+        socket.connect(self._results_address)
+        self._others.append(socket)
+        return ResultSender(socket)
+
     def close(self) -> None:
         """Send what is queued, within a second, and close."""
         self._plans.close(linger=0)
-        self._results.close(linger=1000)
+        for socket in (self._results, *self._others):
+            socket.close(linger=1000)
         self._context.term()
+
+
+class ResultSender:
+    """Sends to the driver from a thread of its own; closed with the links it came from."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def send(self, message: FromStage) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def fail(self, stage: int, what: str) -> None:
+        """Say why the process is about to end, and give the message a moment to leave."""
+        self.send(StageFailed(stage, "dead", what))
+        threading.Event().wait(0.2)
 
 
 def _bytes(tensor: Tensor, dtype: np.dtype[np.generic]) -> bytes:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from serving.attention import StepInputs
+from serving.config.engine import GIB
 from serving.config.model import ModelConfig
 from serving.core import StepPlan
 from serving.errors import ConfigError, EngineDeadError
@@ -32,6 +34,9 @@ from serving.stage.mirror import Mirror, Rows
 from serving.transport.base import Transport
 from serving.weights import LoadProgress
 
+if TYPE_CHECKING:
+    from serving.stage.gpu.stage import GpuStage
+
 _STATS_SECONDS = 0.5
 
 
@@ -44,7 +49,7 @@ class StageWorker:
         self._config = spec.config
         self._links = links
         self._model_config = ModelConfig.from_folder(spec.config.model)
-        self._device = torch.device(spec.config.device(spec.stage))
+        self._device = self._choose_device()
         name = self._model_config.dtype if spec.config.dtype == "auto" else spec.config.dtype
         self._dtype: torch.dtype = getattr(torch, name)
         self._layers = spec.layout.layers(spec.stage)
@@ -60,6 +65,19 @@ class StageWorker:
             progress=self._report_loading,
         )
         self._transport = self._make_transport(spec)
+        self._gpu: GpuStage | None = None
+        if self._device.type == "cuda":
+            from serving.stage.gpu.stage import GpuStage
+
+            sender = links.another()
+            self._gpu = GpuStage(
+                self._model,
+                spec.config,
+                self._model_config,
+                send=sender.send,
+                failed=lambda what: sender.fail(self._stage, what),
+            )
+        self._sampler: Sampler | None = None
         self._clock = StageClock()
         self._expected: deque[tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]] = deque()
 
@@ -91,10 +109,13 @@ class StageWorker:
                 raise EngineDeadError("The driver sent a message that has no place in a step.")
             now = time.monotonic()
             if unreported and now - reported >= _STATS_SECONDS:
-                self._links.send(StageStats(self._stage, self._clock.seconds()))
+                seconds = self._clock.seconds() if self._gpu is None else self._gpu.seconds()
+                self._links.send(StageStats(self._stage, seconds))
                 reported, unreported = now, message is not None
 
     def close(self) -> None:
+        if self._gpu is not None:
+            self._gpu.close()
         if self._transport is not None:
             self._transport.close()
 
@@ -106,6 +127,9 @@ class StageWorker:
         rows = self._mirror.apply(plan)
         if self._sampler is not None:
             self._admit(self._sampler, plan)
+        if self._gpu is not None:
+            self._gpu.step(rows, plan)
+            return
         inputs = self._inputs.build(rows)
         hidden = self._receive(rows, inputs)
         out = self._model.forward(inputs, hidden, self._kv)
@@ -180,6 +204,24 @@ class StageWorker:
             StageProgress(self._stage, f"stage {self._stage}: loading weights, {progress}")
         )
 
+    def _choose_device(self) -> torch.device:
+        """A GPU where there is one, unless the configuration says otherwise."""
+        name = self._config.stage_device(self._stage)
+        if name == "auto":
+            # Several stages on GPUs need a transport of their own.
+            alone = self._last == 0 and torch.cuda.is_available()
+            name = f"cuda:{self._stage}" if alone else "cpu"
+        device = torch.device(name)
+        if device.type == "cuda":
+            if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"Stage {self._stage} is to run on {name}, which torch does not find here; "
+                    "check the driver with nvidia-smi, or use --device cpu.",
+                    "--device",
+                )
+            torch.cuda.set_device(device)
+        return device
+
     def _make_transport(self, spec: StageSpec) -> Transport | None:
         if self._last == 0:
             return None
@@ -204,24 +246,31 @@ class StageWorker:
         """Pages that this stage's part of the KV memory holds, at least 1."""
         shape = self._model_config.kv_shape(1, self._config.page_size)
         page = int(np.prod(shape)) * self._dtype.itemsize * len(self._layers)
-        share = self._config.kv_memory * len(self._layers) // self._model_config.num_layers
-        return max(1, share // page)
+        asked = self._config.kv_memory
+        if self._gpu is not None:
+            plan = self._gpu.plan_memory()
+            if asked is None:
+                self._links.send(
+                    StageProgress(self._stage, f"stage {self._stage}: {plan.sentence()}")
+                )
+                return max(1, plan.kv // page)
+        asked = GIB if asked is None else asked
+        return max(1, asked * len(self._layers) // self._model_config.num_layers // page)
 
     def _allocate(self, allocation: AllocateKv) -> None:
         config = self._config
         shape = self._model_config.kv_shape(allocation.num_pages, config.page_size)
+        if self._gpu is not None:
+            self._mirror = self._new_mirror(allocation)
+            self._gpu.allocate(allocation.num_pages, allocation.max_model_len)
+            self._sampler = self._gpu.sampler
+            return
         # Zeros, so that memory is really there from the start and masked slots hold no NaN.
         self._kv = [
             torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in self._layers
         ]
-        self._mirror = Mirror(
-            config.max_num_seqs,
-            allocation.max_model_len,
-            config.page_size,
-            holds_tokens=self._stage == 0,
-        )
+        self._mirror = self._new_mirror(allocation)
         self._inputs = InputBuilder(config.max_num_seqs, config.page_size, self._device)
-        self._sampler: Sampler | None = None
         if self._stage == self._last:
             self._sampler = Sampler(
                 self._model_config.vocab_size,
@@ -229,3 +278,11 @@ class StageWorker:
                 self._device,
                 self._model_config.eos_token_ids,
             )
+
+    def _new_mirror(self, allocation: AllocateKv) -> Mirror:
+        return Mirror(
+            self._config.max_num_seqs,
+            allocation.max_model_len,
+            self._config.page_size,
+            holds_tokens=self._stage == 0,
+        )

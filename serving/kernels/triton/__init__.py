@@ -14,7 +14,7 @@ from serving.kernels.triton.attention import (
     prefill_shape,
     prefill_tiles,
 )
-from serving.kernels.triton.sampling import draw_tokens, resolve_tokens
+from serving.kernels.triton.sampling import draw_tokens, enter_pages, resolve_tokens
 from serving.kernels.triton.tokenwise import (
     add_rms_norm,
     rms_norm,
@@ -28,6 +28,7 @@ __all__ = [
     "add_rms_norm",
     "decode_shape",
     "draw_tokens",
+    "enter_pages",
     "paged_decode",
     "paged_prefill",
     "prefill_shape",

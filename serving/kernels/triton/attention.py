@@ -58,23 +58,26 @@ def decode_shape(
 ) -> DecodeShape:
     """For `rows` sequences on so many multiprocessors.
 
-    Few rows are split along the keys until about three programs a multiprocessor run.
+    Few rows are split along the keys until about four programs a multiprocessor run.
     """
-    splits = max(1, min(_MAX_SPLITS, 3 * processors // max(1, rows * kv_heads)))
-    wide = head_dim > 128
+    splits = max(1, min(_MAX_SPLITS, 4 * processors // max(1, rows * kv_heads)))
     if dtype is torch.float32:
-        return DecodeShape(16 if wide else 32, splits, 4, 2)
-    return DecodeShape(32 if wide else 64, splits, 4, 3)
+        return DecodeShape(16 if head_dim > 128 else 32, splits, 4, 2)
+    return DecodeShape(32, splits, 4 if head_dim > 128 else 2, 3)
 
 
-def prefill_shape(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PrefillShape:
-    """The fastest of the measured tiles."""
+def prefill_shape(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, longest: int = 0
+) -> PrefillShape:
+    """The fastest of the measured tiles for sequences of up to `longest` keys."""
     group = _power(heads // kv_heads)
     if dtype is torch.float32:
         return PrefillShape(max(32, group), 32 if head_dim <= 128 else 16, 4, 2)
     if head_dim > 128:
         return PrefillShape(max(64, group), 32, 8, 2)
-    return PrefillShape(max(128, group), 64, 8, 3)
+    if longest > 1024:
+        return PrefillShape(max(256, group), 64, 8, 2)
+    return PrefillShape(max(128, group), 32, 4, 4)
 
 
 def prefill_tiles(

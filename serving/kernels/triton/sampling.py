@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""From logits to tokens in one reading of them, and token ids that are not known on the host.
+"""From logits to tokens in one reading of them; tokens and pages that live on the device only.
 
 A row's token is the first whose cumulative mass exceeds u times the row's whole mass, in the order
 of the vocabulary, as in `serving.sampling.draw`; temperature 0 takes the first largest logit.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["draw_tokens", "resolve_tokens"]
+__all__ = ["draw_tokens", "enter_pages", "resolve_tokens"]
 
 _BLOCK = 1024
 
@@ -83,6 +83,16 @@ def _choose_kernel(
 
 
 @triton.jit
+def _enter_kernel(entries, tables, table_stride, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    slot = tl.load(entries + at, mask=mask, other=0).to(tl.int64)
+    column = tl.load(entries + count + at, mask=mask, other=0)
+    page = tl.load(entries + 2 * count + at, mask=mask, other=0)
+    tl.store(tables + slot * table_stride + column, page, mask=mask)
+
+
+@triton.jit
 def _resolve_kernel(ids, last_tokens, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
@@ -95,6 +105,7 @@ def _resolve_kernel(ids, last_tokens, out, count, BLOCK: tl.constexpr):
 _blocks: Any = _block_kernel
 _choose: Any = _choose_kernel
 _resolve: Any = _resolve_kernel
+_enter: Any = _enter_kernel
 
 
 def draw_tokens(
@@ -134,3 +145,12 @@ def resolve_tokens(ids: Tensor, last_tokens: Tensor) -> Tensor:
             ids, last_tokens, out, ids.shape[0], 256, num_warps=4
         )
     return out
+
+
+def enter_pages(entries: Tensor, tables: Tensor) -> None:
+    """`tables[slots[i], columns[i]] = pages[i]`; entries [3, N] int32 holds the three, distinct."""
+    count = entries.shape[1]
+    if count:
+        _enter[(triton.cdiv(count, 256),)](
+            entries, tables, tables.stride(0), count, 256, num_warps=4
+        )

@@ -1,0 +1,82 @@
+"""A GPU's memory: how much the KV cache gets, and allocations that another process can map."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serving.errors import ConfigError, EngineDeadError
+
+__all__ = ["GRAPH_RESERVE", "MemoryPlan", "device_tensor"]
+
+GIB = 1 << 30
+#: Bytes kept for recorded steps: their activations, and the driver's copy of every launch.
+GRAPH_RESERVE = 1 * GIB
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one GPU: what may be used at all, and what is taken before the KV cache."""
+
+    total: int
+    utilization: float
+    taken: int
+    """In use once the weights are loaded, other processes' memory included."""
+    step: int
+    """The most that one step needs on top, measured on a worst case."""
+
+    @property
+    def kv(self) -> int:
+        """Bytes for the KV cache. Raises ConfigError if none are left."""
+        left = int(self.total * self.utilization) - self.taken - self.step - GRAPH_RESERVE
+        if left <= 0:
+            raise ConfigError(
+                f"The GPU has no memory left for the KV cache: of {self.total / GIB:.1f} GiB times "
+                f"--gpu-memory-utilization {self.utilization:g}, weights and other processes take "
+                f"{self.taken / GIB:.1f} GiB and a step {self.step / GIB:.1f} GiB; lower "
+                "--max-num-batched-tokens or --max-num-seqs, or use more GPUs.",
+                "--gpu-memory-utilization",
+            )
+        return left
+
+    def sentence(self) -> str:
+        """Why the KV cache has the size it has."""
+        return (
+            f"{self.total / GIB:.1f} GiB of GPU memory x {self.utilization:g}, less "
+            f"{self.taken / GIB:.1f} in use after loading, {self.step / GIB:.1f} for a step and "
+            f"{GRAPH_RESERVE / GIB:.1f} for recorded steps: {self.kv / GIB:.1f} GiB for KV"
+        )
+
+
+class _Allocation:
+    """Memory straight from the CUDA driver, in the form that torch can wrap without a copy."""
+
+    def __init__(self, size: int) -> None:
+        driver = ctypes.CDLL("libcuda.so.1")
+        address = ctypes.c_uint64()
+        code = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size))
+        if code != 0:
+            raise EngineDeadError(
+                f"The GPU gave no {size / GIB:.2f} GiB for KV pages (CUDA error {code}); lower "
+                "--gpu-memory-utilization."
+            )
+        # Lives as long as the process: a stage allocates its pages once.
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address.value, False),
+            "version": 3,
+        }
+
+
+def device_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros in an allocation of their own, not the caching allocator's."""
+    count = 1
+    for size in shape:
+        count *= size
+    with torch.cuda.device(device):
+        raw = torch.as_tensor(_Allocation(count * dtype.itemsize), device=device)
+    return raw.view(dtype).view(shape).zero_()

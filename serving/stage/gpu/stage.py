@@ -1,0 +1,357 @@
+"""A stage's steps on one GPU: stage inputs, launch layers, launch the drawing, pass results on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.attention import StepInputs
+from serving.config.engine import EngineConfig
+from serving.config.model import ModelConfig
+from serving.core import StepPlan
+from serving.errors import ConfigError
+from serving.kernels.device import gpu_kernels
+from serving.messages import StageSeconds, StepResult
+from serving.models import StageModel
+from serving.sampling import SampleOutput, Sampler
+from serving.stage.gpu.graphs import BUCKETS, StepGraphs, bucket_of
+from serving.stage.gpu.memory import MemoryPlan, device_tensor
+from serving.stage.gpu.results import PendingResult, ResultThread
+from serving.stage.gpu.staging import PageEntries, Size, Staging
+from serving.stage.mirror import Rows
+
+__all__ = ["GpuStage"]
+
+_MIXED_PREFILLS = 8  # prefills that a recorded mixed step has room for, beside whole tiles
+_ENTRIES = 1 << 14
+
+
+class GpuStage:
+    """The whole model on one GPU; `step` only launches.
+
+    Work runs on one stream of this stage, made current for the launching thread. The page table
+    lies on the device by slot and follows the plans' deltas; sampled tokens stay on the device, in
+    `last_tokens` by slot, so a decode is launched before anybody has seen its token.
+    """
+
+    def __init__(
+        self,
+        model: StageModel,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        *,
+        send: Callable[[StepResult], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        kernels = gpu_kernels()
+        if kernels is None:
+            raise ConfigError(
+                "An engine on a GPU needs the package triton, which is not installed; install it "
+                "or use --device cpu.",
+                "--device",
+            )
+        self._kernels = kernels
+        self._model, self._config, self._model_config = model, config, model_config
+        self._device, self._dtype = model.device, model.dtype
+        self._send = send
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._stream)
+        heads, kv_heads = model_config.num_heads, model_config.num_kv_heads
+        self._shape = (heads, kv_heads, model_config.head_dim, self._dtype)
+        self._short_tile = kernels.prefill_shape(*self._shape, longest=0)
+        self._long_tile = kernels.prefill_shape(*self._shape, longest=1 << 30)
+        self._tile_tokens = self._short_tile.tokens(heads, kv_heads)
+        self._max_tokens, self._slots = config.max_num_batched_tokens, config.max_num_seqs
+        # One slot more than there are sequences takes what padding rows draw.
+        self._last_tokens = torch.zeros(self._slots + 1, dtype=torch.int32, device=self._device)
+        self._sampler = Sampler(
+            model_config.vocab_size, self._slots, self._device, model_config.eos_token_ids
+        )
+        self._graphs = StepGraphs(self._stream)
+        self._results = ResultThread(self._deliver, failed)
+        self._kv: list[Tensor] = []
+        self._steps = self._replayed = 0
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._sampler
+
+    # ---- start
+
+    @torch.inference_mode()
+    def plan_memory(self) -> MemoryPlan:
+        """Run a worst-case step over one page and see what it takes."""
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._make_buffers(max_pages_a_slot=1)
+        page = self._model_config.kv_shape(1, self._config.page_size)
+        self._kv = [
+            torch.zeros(page, dtype=self._dtype, device=self._device) for _ in self._model.layers
+        ]
+        tokens = self._max_tokens
+        size = Size(tokens, 1, -(-tokens // self._tile_tokens))
+        # All zero: one sequence of no keys whose tokens are written nowhere that matters.
+        self._run_body(size, 0)
+        rows = self._slots
+        hidden = torch.zeros(rows, self._model_config.hidden_size, dtype=self._dtype,
+                             device=self._device)  # fmt: skip
+        logits = self._model.scores(hidden)
+        # The sampler for rows with filters works in float32 with a few copies.
+        spare = torch.empty(4 * logits.numel(), dtype=torch.float32, device=self._device)
+        self._stream.synchronize()
+        del hidden, logits, spare
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        self._kv = []
+        torch.cuda.empty_cache()
+        return MemoryPlan(total, self._config.gpu_memory_utilization, total - free, peak)
+
+    @torch.inference_mode()
+    def allocate(self, num_pages: int, max_model_len: int) -> None:
+        """Make the pages and record the steps."""
+        self._make_buffers(-(-max_model_len // self._config.page_size))
+        shape = self._model_config.kv_shape(num_pages, self._config.page_size)
+        self._kv = [device_tensor(shape, self._dtype, self._device) for _ in self._model.layers]
+        started = time.perf_counter()
+        if self._config.cuda_graphs:
+            self._record()
+        self._stream.synchronize()
+        print(
+            f"{len(self._graphs)} steps recorded in {time.perf_counter() - started:.1f} s",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        self._results.restart_clock()
+
+    def _make_buffers(self, max_pages_a_slot: int) -> None:
+        self._tables = torch.zeros(
+            self._slots, max_pages_a_slot, dtype=torch.int32, device=self._device
+        )
+        most_tiles = -(-self._max_tokens // self._tile_tokens) + self._slots
+        self._staging = Staging(self._max_tokens, self._slots, most_tiles, _ENTRIES, self._device)
+        hidden = self._model_config.hidden_size
+        top = min(BUCKETS[-1], self._max_tokens)
+        self._hidden = torch.zeros(top, hidden, dtype=self._dtype, device=self._device)
+        self._drawn_rows = torch.zeros(self._slots, hidden, dtype=self._dtype, device=self._device)
+        self._drawn = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
+
+    def _record(self) -> None:
+        """The largest first, so that all others fit into its memory."""
+        for bucket in reversed(BUCKETS):
+            if bucket <= self._max_tokens:
+                if bucket <= self._slots:
+                    decode = Size(bucket, bucket, 0)
+                    self._graphs.record("body", decode, partial(self._replayable, decode))
+                mixed = self._mixed_size(bucket)
+                if mixed is not None:
+                    self._graphs.record("body", mixed, partial(self._replayable, mixed))
+            if bucket <= self._slots:
+                self._graphs.record("draw", bucket, partial(self._draw, bucket))
+
+    def _mixed_size(self, bucket: int) -> Size | None:
+        """Room of a recorded step with prefill tokens; the smallest ones are decodes."""
+        if bucket < 8:
+            return None
+        tiles = -(-bucket // self._tile_tokens) + _MIXED_PREFILLS
+        return Size(bucket, min(bucket, self._slots), tiles)
+
+    # ---- one micro-batch
+
+    @torch.inference_mode()
+    def step(self, rows: Rows, plan: StepPlan) -> None:
+        """Launch a micro-batch; its result follows from another thread."""
+        launched = time.perf_counter()
+        words = self._staging.open()
+        size, tiles, recorded = self._size(rows)
+        self._staging.fill_body(words, size, rows, tiles)
+        entries = _page_entries(plan)
+        count = len(entries.slots)
+        if count <= self._staging.max_entries:
+            self._staging.fill_entries(words, size, entries)
+        sampled = len(rows.sampled_slots)
+        plain = self._sampler.plain(rows.sampled_slots, rows.sampled_positions)
+        if plain is not None:
+            self._staging.fill_drawing(
+                words, plain.uniform, plain.temperature, rows.sampled_tokens, rows.sampled_slots,
+                self._slots,
+            )  # fmt: skip
+        else:
+            empty = np.zeros(sampled)
+            self._staging.fill_drawing(
+                words, empty, empty.astype(np.float32), rows.sampled_tokens, rows.sampled_slots,
+                self._slots,
+            )  # fmt: skip
+        if count > self._staging.max_entries:
+            self._staging.send(size, 0)
+            self._enter_many(entries)
+        else:
+            self._staging.send(size, count)
+            if count:
+                self._kernels.enter_pages(self._staging.entries(size, count), self._tables)
+
+        self._steps += 1
+        if recorded and self._graphs.replay("body", size):
+            hidden = self._hidden
+            self._replayed += 1
+        else:
+            hidden = self._run_body(size, rows.num_decodes, int(rows.context_lens.max()))
+        arrays: list[Tensor] = []
+        if sampled and plain is not None:
+            arrays = [self._draw_plain(hidden, sampled)]
+        elif sampled:
+            arrays = self._draw_any(hidden, rows)
+        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(self._stream)
+        self._results.put(PendingResult(rows.number, done, launched, arrays))
+
+    def _size(
+        self, rows: Rows
+    ) -> tuple[Size, np.ndarray[tuple[int, int], np.dtype[np.int32]], bool]:
+        """The size to run at, its prefill tiles, and whether it may have been recorded."""
+        tokens, sequences = len(rows.positions), len(rows.slots)
+        bucket = bucket_of(tokens) if self._graphs else None
+        none = np.zeros((0, 2), dtype=np.int32)
+        if rows.num_decodes == sequences:
+            if bucket is not None and bucket <= min(self._slots, self._max_tokens):
+                return Size(bucket, bucket, 0), none, True
+            return Size(tokens, sequences, 0), none, False
+        tiles = self._kernels.prefill_tiles(
+            rows.query_starts, rows.context_lens, rows.num_decodes, self._tile_tokens
+        )
+        if bucket is not None:
+            mixed = self._mixed_size(max(8, bucket))
+            if (
+                mixed is not None
+                and mixed.tokens <= self._max_tokens
+                and len(tiles) <= mixed.tiles
+                and sequences <= mixed.sequences
+            ):
+                return mixed, tiles, True
+        shape = self._tile_shape(int(rows.context_lens.max()))
+        if shape is not self._short_tile:
+            heads, kv_heads = self._shape[:2]
+            tiles = self._kernels.prefill_tiles(
+                rows.query_starts, rows.context_lens, rows.num_decodes,
+                shape.tokens(heads, kv_heads),
+            )  # fmt: skip
+        return Size(tokens, sequences, len(tiles)), tiles, False
+
+    def _tile_shape(self, longest: int) -> Any:
+        return self._long_tile if longest > 1024 else self._short_tile
+
+    def _run_body(self, size: Size, decodes: int, longest: int = 0) -> Tensor:
+        body = self._staging.body(size)
+        ids = self._kernels.resolve_tokens(body.ids, self._last_tokens)
+        inputs = StepInputs(
+            token_ids=ids,
+            positions=body.positions,
+            slot_mapping=body.slot_mapping,
+            query_starts=body.query_starts,
+            context_lens=body.context_lens,
+            page_tables=self._tables,
+            num_decodes=decodes,
+            query_starts_host=[],
+            context_lens_host=[],
+            page_size=self._config.page_size,
+            table_rows=body.table_rows,
+            decode_lens=body.decode_lens,
+            tiles=(body.tiles, self._tile_shape(longest)),
+        )
+        return self._model.forward(inputs, None, self._kv)
+
+    def _replayable(self, size: Size) -> None:
+        self._hidden[: size.tokens].copy_(self._run_body(size, size.sequences))
+
+    def _draw_plain(self, hidden: Tensor, count: int) -> Tensor:
+        """Rows without filters: gather, head, draw; returns the tokens' pinned copy."""
+        bucket = bucket_of(count) or count
+        if bucket > self._slots:
+            bucket = count
+        drawing = self._staging.drawing(bucket)
+        torch.index_select(hidden, 0, drawing.rows, out=self._drawn_rows[:bucket])
+        if not (self._graphs and self._graphs.replay("draw", bucket)):
+            self._draw(bucket)
+        return _to_host(self._drawn[:count])
+
+    def _draw(self, count: int) -> None:
+        drawing = self._staging.drawing(count)
+        logits = self._model.scores(self._drawn_rows[:count])
+        self._kernels.draw_tokens(
+            logits, drawing.temperature, drawing.uniform, drawing.slots, self._last_tokens,
+            self._drawn[:count],
+        )  # fmt: skip
+
+    def _draw_any(self, hidden: Tensor, rows: Rows) -> list[Tensor]:
+        """Rows with filters, penalties or log probabilities among them."""
+        drawing = self._staging.drawing(len(rows.sampled_slots))
+        logits = self._model.logits(hidden.index_select(0, drawing.rows))
+        output: SampleOutput = self._sampler.sample(
+            logits, drawing.slots, rows.sampled_positions.tolist(), rows.sampled_slots.tolist()
+        )
+        tokens = output.token_ids.to(torch.int32)
+        self._last_tokens.index_copy_(0, drawing.slots.long(), tokens)
+        arrays = [_to_host(tokens)]
+        found = (output.logprobs, output.top_ids, output.top_logprobs)
+        for array in found:
+            if array is not None:
+                arrays.append(_to_host(array.int() if array.dtype is torch.int64 else array))
+        return arrays
+
+    def _enter_many(self, entries: PageEntries) -> None:
+        """More page-table entries than the staging buffer holds."""
+        words = np.stack(
+            [part.astype(np.int32) for part in (entries.slots, entries.columns, entries.pages)]
+        )
+        pinned = torch.from_numpy(words).pin_memory()
+        self._kernels.enter_pages(pinned.to(self._device, non_blocking=True), self._tables)
+
+    # ---- results, on their own thread
+
+    def _deliver(self, result: PendingResult) -> None:
+        data = [array.numpy().tobytes() for array in result.arrays]
+        if len(data) <= 1:
+            self._send(StepResult(number=result.number, tokens=data[0] if data else b""))
+            return
+        tokens, logprobs, top_ids, top_logprobs = data
+        self._send(
+            StepResult(
+                number=result.number,
+                tokens=tokens,
+                logprobs=logprobs,
+                top_ids=top_ids,
+                top_logprobs=top_logprobs,
+                top_k=result.arrays[2].shape[1],
+            )
+        )
+
+    def seconds(self) -> StageSeconds:
+        return self._results.seconds()
+
+    def close(self) -> None:
+        self._results.close()
+        share = 100 * self._replayed / max(1, self._steps)
+        print(
+            f"{self._steps} steps, {share:.1f} % of them replayed from recorded ones",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    return pinned
+
+
+def _page_entries(plan: StepPlan) -> PageEntries:
+    return PageEntries(
+        np.frombuffer(plan.page_slots, dtype="<u2"),
+        np.frombuffer(plan.page_columns, dtype="<u4"),
+        np.frombuffer(plan.page_ids, dtype="<u4"),
+    )
