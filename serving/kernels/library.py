@@ -27,7 +27,7 @@ class MatrixFields(ctypes.Structure):
 
 
 class AttentionFields(ctypes.Structure):
-    """`Attention` of native/attention.h."""
+    """`Attention` of native/attention_tasks.h."""
 
     _fields_ = [
         ("kv", _POINTER),
@@ -85,7 +85,6 @@ class StageFields(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "lectern_openmp": ([_POINTER] * 3, None),
     "lectern_packed_elements": ([_LONG, _LONG], _LONG),
-    "lectern_large_pages": ([_POINTER, _LONG], None),
     "lectern_pack": ([_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT], None),
     "lectern_rows": ([_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER], None),
     "lectern_linear": (

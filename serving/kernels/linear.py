@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from serving.kernels.library import MatrixFields, native
+from serving.kernels.memory import large_zeros
 
 __all__ = ["NativeLinear", "OnednnLinear", "PackedLinear", "pack_linear"]
 
@@ -59,8 +60,7 @@ class NativeLinear(PackedLinear):
         n, k = self.out_features, self.in_features
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         elements = library.lectern_packed_elements(n, k)
-        packed = torch.empty(elements, dtype=torch.bfloat16)
-        library.lectern_large_pages(packed.data_ptr(), 2 * elements)
+        packed = large_zeros([elements], torch.bfloat16)
         library.lectern_pack(
             weight.data_ptr(), n, k, weight.stride(0), packed.data_ptr(), torch.get_num_threads()
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from serving.kernels.attention import HEAD_DIMS
 from serving.kernels.library import AttentionFields, LayerFields, StageFields, native
 from serving.kernels.linear import NativeLinear, PackedLinear
+from serving.kernels.memory import large_zeros
 
 __all__ = ["DecoderWeights", "NativeStage", "native_stage"]
 
@@ -88,7 +89,7 @@ class NativeStage:
             tokens, self._hidden, self._intermediate, self._heads, self._kv_heads, self._dim
         )
         if self._workspace.numel() < needed:
-            self._workspace = torch.empty(needed, dtype=torch.bfloat16)
+            self._workspace = large_zeros([needed], torch.bfloat16)
         held = [
             positions.to(torch.int64).contiguous(),
             slot_mapping.to(torch.int64).contiguous(),

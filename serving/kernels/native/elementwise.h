@@ -17,15 +17,14 @@ inline void rms_norm_row(const bf16* x, const bf16* weight, long n, float eps, b
     const __mmask16 mask = tail_mask(n - j);
     // Rounded before the weight is applied, as the reference does.
     const __m512 v = widen(narrow(_mm512_mul_ps(load16(x + j, mask), _mm512_set1_ps(scale))));
-    _mm256_mask_storeu_epi16(out + j, mask, narrow(_mm512_mul_ps(v, load16(weight + j, mask))));
+    store16(out + j, mask, _mm512_mul_ps(v, load16(weight + j, mask)));
   }
 }
 
 inline void add_row(const bf16* x, const bf16* y, long n, bf16* out) {
   for (long j = 0; j < n; j += 16) {
     const __mmask16 mask = tail_mask(n - j);
-    _mm256_mask_storeu_epi16(
-        out + j, mask, narrow(_mm512_add_ps(load16(x + j, mask), load16(y + j, mask))));
+    store16(out + j, mask, _mm512_add_ps(load16(x + j, mask), load16(y + j, mask)));
   }
 }
 
@@ -42,7 +41,7 @@ inline void silu_mul_row(const bf16* gate, const bf16* up, long n, bf16* out) {
   for (long j = 0; j < n; j += 16) {
     const __mmask16 mask = tail_mask(n - j);
     const __m512 s = widen(narrow(silu16(load16(gate + j, mask))));
-    _mm256_mask_storeu_epi16(out + j, mask, narrow(_mm512_mul_ps(s, load16(up + j, mask))));
+    store16(out + j, mask, _mm512_mul_ps(s, load16(up + j, mask)));
   }
 }
 
@@ -62,8 +61,8 @@ inline void rotate_head(const bf16* x, const bf16* norm, float eps, const float*
     const __m512 s = _mm512_maskz_loadu_ps(mask, cos_sin + half + j);
     const __m512 first = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s));
     const __m512 second = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
-    _mm256_mask_storeu_epi16(out + j, mask, narrow(first));
-    _mm256_mask_storeu_epi16(out + half + j, mask, narrow(second));
+    store16(out + j, mask, first);
+    store16(out + half + j, mask, second);
   }
 }
 

@@ -24,32 +24,38 @@ struct Matrix {
   const bf16* panel(long p) const { return data + p * 16 * padded_k(); }
 };
 
-// Rows packed in blocks for the left side of a product. Blocks are as even as they can be.
+// Rows packed in blocks for the left side of a product. Blocks are as even as they can be: the
+// first `longer` of them hold one row more than the rest.
 struct Rows {
-  bf16* data = nullptr;
-  long m = 0, k = 0;
-  long padded_k() const { return (k + 3) / 4 * 4; }
-  long blocks() const { return (m + kMaxRows - 1) / kMaxRows; }
-  long first(long b) const {
-    const long base = m / blocks(), extra = m % blocks();
-    return b * base + (b < extra ? b : extra);
-  }
-  long rows(long b) const { return m / blocks() + (b < m % blocks() ? 1 : 0); }
-  bf16* block(long b) const { return data + first(b) * padded_k(); }
+  bf16* data;
+  long m, k, padded, blocks, base, longer;
+
+  Rows(bf16* data, long m, long k)
+      : data(data),
+        m(m),
+        k(k),
+        padded((k + 3) / 4 * 4),
+        blocks((m + kMaxRows - 1) / kMaxRows),
+        base(m / blocks),
+        longer(m % blocks) {}
+
+  long first(long b) const { return b * base + (b < longer ? b : longer); }
+  long rows(long b) const { return base + (b < longer ? 1 : 0); }
+  bf16* block(long b) const { return data + first(b) * padded; }
   long block_of(long row) const {
-    const long base = m / blocks(), extra = m % blocks();
-    const long split = extra * (base + 1);
-    return row < split ? row / (base + 1) : extra + (row - split) / base;
+    const long split = longer * (base + 1);
+    return row < split ? row / (base + 1) : longer + (row - split) / base;
+  }
+  // Where row `row` of the block of `count` rows that begins at `first` has its column (even); the
+  // next pair of columns is `count` places further.
+  uint32_t* place(long first, long count, long row, long column) const {
+    return reinterpret_cast<uint32_t*>(data + first * padded) + column / 2 * count + row - first;
   }
   // Writes n values (n even) of a row from column `column` (even) on.
   void put(long row, long column, const bf16* values, long n) const {
-    const long b = block_of(row), stride = rows(b);
-    uint32_t* out = reinterpret_cast<uint32_t*>(block(b)) + column / 2 * stride + row - first(b);
-    for (long j = 0; j < n / 2; ++j) {
-      uint32_t pair;
-      std::memcpy(&pair, values + 2 * j, 4);
-      out[j * stride] = pair;
-    }
+    const long b = block_of(row), count = rows(b);
+    uint32_t* out = place(first(b), count, row, column);
+    for (long j = 0; j < n / 2; ++j) std::memcpy(out + j * count, values + 2 * j, 4);
   }
   // Writes a whole row, with the zeros that pad it.
   void put_row(long row, const bf16* values) const {
@@ -57,7 +63,7 @@ struct Rows {
     put(row, 0, values, even);
     bf16 rest[4] = {0, 0, 0, 0};
     if (k > even) rest[0] = values[even];
-    if (padded_k() > even) put(row, even, rest, padded_k() - even);
+    if (padded > even) put(row, even, rest, padded - even);
   }
 };
 
@@ -120,7 +126,7 @@ inline const Tile kTiles[kMaxRows + 1][3] = {
 template <class Finish>
 void multiply(Team& team, const Rows& a, const Matrix& w, bool halves, const Matrix* after,
               Finish finish) {
-  const long groups = w.panels() / 2, pairs = w.padded_k() / 2, blocks = a.blocks();
+  const long groups = w.panels() / 2, pairs = w.padded_k() / 2, blocks = a.blocks;
   const long first_step = halves ? 1 : 2, second = halves ? groups : 1;
   std::atomic<long>& counter = team.counter();
   alignas(64) float out[kMaxRows * 32];

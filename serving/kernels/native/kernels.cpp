@@ -1,6 +1,5 @@
 // The C interface of the native kernels. All tensors are contiguous unless a stride is given;
 // sizes count elements. Nothing here allocates tensors or keeps a pointer after it returns.
-#include <sys/mman.h>
 
 #include "stage.h"
 
@@ -17,13 +16,6 @@ void lectern_openmp(void* parallel, void* thread_num, void* num_threads) {
 int64_t lectern_packed_elements(int64_t n, int64_t k) {
   const Matrix w{nullptr, n, k};
   return w.panels() * 16 * w.padded_k();
-}
-
-// Asks for large pages on memory that has not been touched yet; a refusal changes nothing.
-void lectern_large_pages(void* memory, int64_t bytes) {
-  const uintptr_t page = 2 << 20, from = (reinterpret_cast<uintptr_t>(memory) + page - 1) & -page;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + bytes) & -page;
-  if (to > from) (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 }
 
 void lectern_pack(const bf16* weight, int64_t n, int64_t k, int64_t stride, bf16* out,
@@ -47,7 +39,7 @@ void lectern_linear(const bf16* x, int64_t m, int64_t stride, const bf16* packed
                     int64_t k, const bf16* bias, void* out, int wide, bf16* workspace,
                     int threads) {
   const Matrix w{packed, n, k};
-  const Rows rows{workspace, m, k};
+  const Rows rows(workspace, m, k);
   with_team(threads, 1, [&](Team& team) {
     long first, last;
     team.share(m, first, last);
@@ -125,7 +117,7 @@ int64_t lectern_stage_workspace(int64_t tokens, int64_t hidden, int64_t intermed
 void lectern_stage(const StageCall* call, const Attention* attention, int threads) {
   const std::vector<AttentionTask> tasks = attention_tasks(*attention, threads);
   with_team(threads, static_cast<int>(5 * call->num_layers),
-            [&](Team& team) { run_stage(team, *call, *attention, &tasks); });
+            [&](Team& team) { run_stage(team, *call, *attention, tasks); });
 }
 
 }  // extern "C"

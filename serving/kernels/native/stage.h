@@ -26,8 +26,6 @@ struct StageCall {
   bf16* workspace;                   // stage_workspace() elements
 };
 
-inline Rows packed_rows(bf16* data, long m, long k) { return Rows{data, m, k}; }
-
 inline long stage_workspace(long tokens, long hidden, long intermediate, long heads, long kv_heads,
                             long dim) {
   const long widest = std::max({hidden, heads * dim, intermediate}) + 4;
@@ -61,7 +59,7 @@ struct AddTo {  // residual += product (+ bias)
       for (long r = 0; r < rows; ++r) {
         bf16* to = residual + (first + r) * stride + column;
         const __m512 sum = _mm512_add_ps(_mm512_load_ps(out + 32 * r + half * 16), extra);
-        _mm256_mask_storeu_epi16(to, mask, narrow(_mm512_add_ps(load16(to, mask), sum)));
+        store16(to, mask, _mm512_add_ps(load16(to, mask), sum));
       }
     }
   }
@@ -84,37 +82,41 @@ struct Store {  // result = product (+ bias), bf16 or float32
         if (wide) {
           _mm512_mask_storeu_ps(static_cast<float*>(result) + at, mask, sum);
         } else {
-          _mm256_mask_storeu_epi16(static_cast<bf16*>(result) + at, mask, narrow(sum));
+          store16(static_cast<bf16*>(result) + at, mask, sum);
         }
       }
     }
   }
 };
 
-struct GateInto {  // packed rows = silu(gate) * up, gate and up being the two panels of a tile
+// packed rows = silu(gate) * up, gate and up being the two panels of a tile. The rows are packed in
+// the same blocks as those that were multiplied: there are as many.
+struct GateInto {
   Rows rows;
   void operator()(long first, long count, long group, const float* out) const {
-    alignas(32) bf16 values[16];
+    alignas(32) uint32_t pairs[8];
     for (long r = 0; r < count; ++r) {
       const __m512 gate = widen(narrow(_mm512_load_ps(out + 32 * r)));
       const __m512 up = widen(narrow(_mm512_load_ps(out + 32 * r + 16)));
       const __m512 gated = _mm512_mul_ps(widen(narrow(silu16(gate))), up);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(values), narrow(gated));
-      rows.put(first + r, group * 16, values, 16);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), narrow(gated));
+      uint32_t* to = rows.place(first, count, first + r, group * 16);
+      for (int j = 0; j < 8; ++j) to[j * count] = pairs[j];
     }
   }
 };
 
 inline void run_stage(Team& team, const StageCall& call, Attention a,
-                      const std::vector<AttentionTask>* tasks) {
+                      const std::vector<AttentionTask>& tasks) {
   const long tokens = call.tokens, dim = a.head_dim;
-  const long q_width = a.heads * dim, kv_width = a.kv_heads * dim, qkv_width = q_width + 2 * kv_width;
+  const long q_width = a.heads * dim, kv_width = a.kv_heads * dim;
+  const long qkv_width = q_width + 2 * kv_width;
   const long widest = std::max<long>({call.hidden, q_width, call.intermediate}) + 4;
   bf16* x = call.workspace;
   bf16* y = x + tokens * widest;
   bf16* qkv = y + tokens * widest;
-  const Rows normed{x, tokens, call.hidden}, attended{x, tokens, q_width};
-  const Rows gated{y, tokens, call.intermediate};
+  const Rows normed(x, tokens, call.hidden), attended(x, tokens, q_width);
+  const Rows gated(y, tokens, call.intermediate);
   std::vector<bf16> row(call.hidden);
   long first, last;
   team.share(tokens, first, last);
@@ -130,7 +132,8 @@ inline void run_stage(Team& team, const StageCall& call, Attention a,
     a.window = w.window;
     norm(w.input_norm);
     team.barrier();
-    multiply(team, normed, w.qkv, false, &w.o, Store{qkv, qkv_width, qkv_width, w.qkv_bias, false});
+    multiply(team, normed, w.qkv, false, &w.o,
+             Store{qkv, qkv_width, qkv_width, w.qkv_bias, false});
     team.barrier();
     for (long t = first; t < last; ++t) {
       bf16* q = qkv + t * qkv_width;
@@ -138,9 +141,13 @@ inline void run_stage(Team& team, const StageCall& call, Attention a,
                    call.cos_sin + call.positions[t] * dim, a, call.kv[l], call.slots[t]);
     }
     team.barrier();
-    attend(team, a, *tasks, qkv, qkv_width, [&](long r, long head, const bf16* values) {
-      attended.put(r, head * dim, values, dim);
+    // Neighbouring rows share cache lines once they are packed, and their tasks may run on two
+    // cores: so rows are written plainly first and packed by whole blocks afterwards.
+    attend(team, a, tasks, qkv, qkv_width, [&](long r, long head, const bf16* values) {
+      std::memcpy(y + r * q_width + head * dim, values, dim * sizeof(bf16));
     });
+    team.barrier();
+    for (long t = first; t < last; ++t) attended.put_row(t, y + t * q_width);
     team.barrier();
     multiply(team, attended, w.o, false, nullptr,
              AddTo{call.residual, call.hidden, call.hidden, w.o_bias});
@@ -149,7 +156,8 @@ inline void run_stage(Team& team, const StageCall& call, Attention a,
     team.barrier();
     multiply(team, normed, w.gate_up, true, &w.down, GateInto{gated});
     team.barrier();
-    multiply(team, gated, w.down, false, l + 1 < call.num_layers ? &call.layers[l + 1].qkv : nullptr,
+    multiply(team, gated, w.down, false,
+             l + 1 < call.num_layers ? &call.layers[l + 1].qkv : nullptr,
              AddTo{call.residual, call.hidden, call.hidden, nullptr});
     team.barrier();
   }

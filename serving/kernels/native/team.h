@@ -111,10 +111,23 @@ inline __m512 load16(const bf16* p) {
 }
 
 inline __m512 load16(const bf16* p, __mmask16 mask) {
-  return widen(_mm256_maskz_loadu_epi16(mask, p));
+  return mask == 0xffff ? load16(p) : widen(_mm256_maskz_loadu_epi16(mask, p));
 }
 
 inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+inline void store16(bf16* p, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
+
+// A masked store of 16-bit lanes takes dozens of cycles on some processors: only at a row's end.
+inline void store16(bf16* p, __mmask16 mask, __m512 x) {
+  if (mask == 0xffff) {
+    store16(p, x);
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, narrow(x));
+  }
+}
 
 inline __mmask16 tail_mask(long left) {
   return left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1u);

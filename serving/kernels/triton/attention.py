@@ -27,6 +27,7 @@ __all__ = [
 _kernels: Any = attention_kernels
 
 _MAX_SPLITS = 32
+_LEAST_SHARE = 128  # keys; a share of fewer costs more than it spreads
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ def decode_shape(
 ) -> DecodeShape:
     """For `rows` sequences on so many multiprocessors.
 
-    Few rows are split along the keys until about four programs a multiprocessor run.
+    Sequences differ in length, so there is room for shares of the longest even where rows alone
+    would fill the GPU; short sequences leave that room unused.
     """
-    splits = max(1, min(_MAX_SPLITS, 4 * processors // max(1, rows * kv_heads)))
+    splits = max(4, min(_MAX_SPLITS, 4 * processors // max(1, rows * kv_heads)))
+    if rows * kv_heads >= 16 * processors:
+        splits = 1
     if dtype is torch.float32:
         return DecodeShape(16 if head_dim > 128 else 32, splits, 4, 2)
     return DecodeShape(32, splits, 4 if head_dim > 128 else 2, 3)
@@ -134,13 +138,14 @@ def paged_decode(
         q.stride(0), q.stride(1), *kv.stride()[:4], page_tables.stride(0),
         out.stride(0), out.stride(1),
         heads, group, max(16, _power(group)), dim, max(16, _power(dim)), kv.shape[2], shape.block,
-        splits, sliding_window is not None, table_rows is not None, _precision(q),
+        splits, _LEAST_SHARE, sliding_window is not None, table_rows is not None, _precision(q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     if splits > 1:
         _kernels.merge_kernel[(rows, heads)](
-            parts, weights, lens, out, out.stride(0), out.stride(1),
-            heads, dim, max(16, _power(dim)), splits, _power(splits), num_warps=2,
+            parts, weights, lens, out, sliding_window or 0, out.stride(0), out.stride(1),
+            heads, dim, max(16, _power(dim)), shape.block, splits, _power(splits), _LEAST_SHARE,
+            sliding_window is not None, num_warps=2,
         )  # fmt: skip
 
 

@@ -18,12 +18,13 @@ def decode_kernel(
     q_token, q_head, kv_page, kv_value, kv_slot, kv_head, table_stride, out_token, out_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One sequence's newest token, one key-value head, one share of the keys.
 
-    A sequence of length 0 is left alone. With SPLITS > 1 each share writes its normalised part and
-    the base-2 logarithm of its weight, and `merge_kernel` adds them up.
+    A sequence of length 0 is left alone. With SPLITS > 1 each share, of at least LEAST keys, writes
+    its normalised part and the base-2 logarithm of its weight, and `merge_kernel` adds them up.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -37,8 +38,11 @@ def decode_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(length - window, 0)
-    share = tl.cdiv(tl.cdiv(length - begin, BLOCK), SPLITS) * BLOCK
+    # Short sequences use few shares, so that long ones do not keep all others waiting.
+    share = tl.maximum(tl.cdiv(tl.cdiv(length - begin, BLOCK), SPLITS) * BLOCK, LEAST)
     first = begin + split * share
+    if first >= length:
+        return
     last = tl.minimum(first + share, length)
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
@@ -87,22 +91,27 @@ def decode_kernel(
 
 @triton.jit
 def merge_kernel(
-    parts, weights, lens, out, out_token, out_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    parts, weights, lens, out, window, out_token, out_head,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Add up the shares of one sequence and query head."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
-    if tl.load(lens + sequence) == 0:
+    length = tl.load(lens + sequence)
+    if length == 0:
         return
+    if WINDOW:
+        length = tl.minimum(length, window)
+    share = tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK, LEAST)
+    used = tl.cdiv(length, share)
     i = tl.arange(0, SPLITS_PAD)
     d = tl.arange(0, DIM_PAD)
     part = (sequence * HEADS + head) * SPLITS + i
-    weight = tl.load(weights + part, mask=i < SPLITS, other=float("-inf"))
+    weight = tl.load(weights + part, mask=i < used, other=float("-inf"))
     weight = tl.exp2(weight - tl.max(weight, 0))
     weight = weight / tl.sum(weight, 0)
-    held = (i[:, None] < SPLITS) & (d[None, :] < DIM)
+    held = (i[:, None] < used) & (d[None, :] < DIM)
     values = tl.load(parts + part[:, None].to(tl.int64) * DIM + d[None, :], mask=held, other=0.0)
     result = tl.sum(values * weight[:, None], 0)
     tl.store(

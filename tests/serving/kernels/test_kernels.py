@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serving import kernels
+from serving.kernels.memory import large_zeros
 
 pytestmark = pytest.mark.usefixtures("mode", "poisoned")
 
@@ -204,3 +205,15 @@ def test_paged_attention(
     )
     for s, expected in enumerate(wanted):
         close(got[starts[s] : starts[s + 1]], expected, 3)
+
+
+def test_large_zeros() -> None:
+    for shape in [(3, 5), (1 << 20, 3), ((1 << 20) + 1,)]:
+        tensor = large_zeros(shape, torch.bfloat16)
+        assert tensor.shape == shape
+        assert tensor.is_contiguous()
+        assert not bool(tensor.any())
+        tensor.fill_(1)
+        assert float(tensor.view(-1)[-1]) == 1
+        if tensor.numel() * 2 >= 2 << 20:
+            assert tensor.data_ptr() % (2 << 20) == 0
