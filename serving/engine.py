@@ -272,13 +272,18 @@ class Engine:
 
     def _driver_ended(self) -> None:
         """The driver is gone. If it could say why, that is still in the queue."""
-        if self._driver is None:
+        driver = self._driver
+        if driver is None:
             return
-        asyncio.get_running_loop().remove_reader(self._driver.fileno())
-        self._driver.wait(1.0)
-        asyncio.get_running_loop().call_later(
-            0.2, self._die, f"The driver process {self._driver.how_it_ended()}."
-        )
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(driver.fileno())
+        driver.wait(1.0)
+
+        def say() -> None:
+            if self._driver is driver:  # and not that of a group started since
+                self._die(f"The driver process {driver.how_it_ended()}.")
+
+        loop.call_later(0.2, say)
 
     def _die(self, reason: str, error: LecternError | None = None) -> None:
         if not self._started.done():

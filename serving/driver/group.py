@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -65,6 +66,10 @@ class StageGroup:
                 threads=threads,
             )
             environment = {"OMP_NUM_THREADS": str(threads)}
+            if "GOMP_SPINCOUNT" not in os.environ:
+                # By default idle compute threads spin for so long that on a busy machine they
+                # keep the thread they wait for off its core.
+                environment["GOMP_SPINCOUNT"] = "10000"
             encoded = msgspec.json.encode(settings, enc_hook=encode_path)
             self.children.append(Child("serving.stage", encoded, environment))
 

@@ -128,6 +128,7 @@ class Driver:
                 self._untold = True
             elif isinstance(message, StageFailed):
                 raise self._group.failure(message)
+        self._check_progress()
 
     def _wait_for_news(self) -> None:
         timeout = self._spec.config.step_timeout * 1000
@@ -136,14 +137,18 @@ class Driver:
         events = dict(self._poller.poll(int(timeout)))
         if any(descriptor in events for descriptor in self._deaths):
             raise self._group.failure(None)
+
+    def _check_progress(self) -> None:
+        """A micro-batch that does not come back means that a stage hangs."""
         flight = self._scheduler.in_flight
-        if not events and flight:
-            waited = time.monotonic() - flight[0].sent_at
-            if waited > self._spec.config.step_timeout:
-                raise EngineDeadError(
-                    f"A micro-batch has not come back for {waited:.0f} s, so a stage hangs; raise "
-                    "--step-timeout if steps may really take that long."
-                )
+        if not flight:
+            return
+        waited = time.monotonic() - flight[0].sent_at
+        if waited > self._spec.config.step_timeout:
+            raise EngineDeadError(
+                f"A micro-batch has not come back for {waited:.0f} s, so a stage hangs; raise "
+                "--step-timeout if steps may really take that long."
+            )
 
     def _tell_stats(self) -> None:
         """Every half second while anything changes, and at once when the last request ended."""
@@ -227,5 +232,6 @@ class Driver:
                     self._completion.finish(message)
                 elif isinstance(message, StageFailed):
                     raise self._group.failure(message)
+            self._check_progress()
         self._scheduler.counters = Counters()
         self._scheduler.admitted = []

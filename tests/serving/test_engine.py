@@ -164,6 +164,17 @@ async def test_kill_of_the_driver_ends_stages_and_streams(start: Start) -> None:
     assert eventually(lambda: gone(stages))
 
 
+async def test_a_stage_that_hangs_is_found_out(start: Start) -> None:
+    engine = await start(step_timeout=1.0)
+    stages = children_of(os.getpid(), "serving.stage")
+    running = asyncio.create_task(collect(engine.generate([1, 2, 3], greedy(480))))
+    await asyncio.sleep(0.05)
+    stages[0].send_signal(signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match="a stage hangs"):
+        await asyncio.wait_for(running, 20)
+    assert eventually(lambda: gone(stages))
+
+
 async def test_close_ends_even_stages_that_hang(start: Start) -> None:
     engine = await start()
     processes = children_of(os.getpid(), "serving.stage")

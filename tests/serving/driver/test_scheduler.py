@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.core import SamplingParams
+from serving.errors import EngineDeadError
+from serving.messages import StepResult
 from tests.serving.driver.fake import EOS, FakeEngine, expected_output, next_token
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
@@ -200,6 +202,18 @@ def test_an_abort_in_the_queue_and_of_the_unknown() -> None:
     engine.run_all()
     assert set(engine.reasons) == {first}
     assert engine.scheduler.counters.finished["abort"] == 1
+
+
+def test_a_result_out_of_turn_or_of_another_size_is_fatal() -> None:
+    engine = FakeEngine(pipeline_parallel_size=2)
+    engine.submit(prompt_without_eos(4), max_tokens=4)
+    engine.plan()
+    with pytest.raises(EngineDeadError, match="returned micro-batch 1 where 0 was due"):
+        engine.completion.finish(StepResult(number=1))
+    with pytest.raises(EngineDeadError, match="sampled 2 tokens instead of 1"):
+        engine.completion.finish(StepResult(number=0, tokens=bytes(8)))
+    with pytest.raises(EngineDeadError, match="where none was due"):
+        engine.completion.finish(StepResult(number=1))
 
 
 def test_steady_decode_plans_are_small() -> None:
