@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from serving.errors import EngineDeadError
 from serving.transport.base import Transport
 
 # The type stubs of torch know only a part of what is used here.
@@ -26,7 +27,7 @@ class GlooTransport(Transport):
     """Two communicators, one for activations and one for tokens, found through a file.
 
     `rendezvous` is the path of a file that all stages of the group share and nobody else can read.
-    Waiting inside a send or receive ends with an error when the other side dies.
+    Waiting inside a send or receive ends with EngineDeadError when the other side dies.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class GlooTransport(Transport):
     def send_hidden(self, hidden: Tensor) -> None:
         if len(self._sends) == _BUFFERS:
             started = time.perf_counter()
-            self._sends.popleft().wait()
+            _finish(self._sends.popleft(), self._stage + 1)
             self.seconds_waited += time.perf_counter() - started
         buffer = self._outgoing[self._turn][: hidden.shape[0]]
         self._turn = (self._turn + 1) % _BUFFERS
@@ -76,7 +77,7 @@ class GlooTransport(Transport):
 
     def receive_hidden(self, num_tokens: int) -> Tensor:
         buffer = self._incoming[:num_tokens]
-        self._hidden_links.recv([buffer], self._stage - 1, _HIDDEN).wait()
+        _finish(self._hidden_links.recv([buffer], self._stage - 1, _HIDDEN), self._stage - 1)
         return buffer
 
     def send_tokens(self, tokens: Tensor) -> None:
@@ -93,7 +94,7 @@ class GlooTransport(Transport):
 
     def receive_tokens(self) -> Tensor:
         work, tokens = self._token_receives.popleft()
-        work.wait()
+        _finish(work, self._last)
         return tokens
 
     def close(self) -> None:
@@ -104,6 +105,13 @@ class GlooTransport(Transport):
         self._sends.clear()
         self._token_sends.clear()
         self._token_receives.clear()
+
+
+def _finish(work: Any, peer: int) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise EngineDeadError(f"the link to stage {peer} broke") from error
 
 
 def _connect(store: Any, name: str, stage: int, stages: int) -> Any:

@@ -10,13 +10,19 @@ import psutil
 import pytest
 import torch
 
+from serving.errors import EngineDeadError
 from serving.transport.gloo import GlooTransport
 
 WIDTH = 3
 
 
-def run_stages(stages: int, folder: Path, work: Callable[[int, GlooTransport], None]) -> None:
-    """Connect `stages` transports and run `work` on each; errors of any are raised."""
+def run_stages(
+    stages: int, folder: Path, work: Callable[[int, GlooTransport], None], *, wait: bool = True
+) -> None:
+    """Connect `stages` transports and run `work` on each; errors of any are raised.
+
+    Unless `wait` is false, all links stay open until every stage is done.
+    """
     errors: list[BaseException] = []
     all_done = threading.Barrier(stages)
 
@@ -33,7 +39,8 @@ def run_stages(stages: int, folder: Path, work: Callable[[int, GlooTransport], N
             transport.warm_up()
             work(stage, transport)
             transport.close()
-            all_done.wait(20)  # a stage that is gone closes its links under the others
+            if wait:
+                all_done.wait(20)
         except BaseException as error:
             errors.append(error)
 
@@ -105,3 +112,12 @@ def test_everything_listens_on_loopback_only(tmp_path: Path) -> None:
         assert all(item.laddr.ip in ("127.0.0.1", "::1") for item in mine)
 
     run_stages(2, tmp_path, work)
+
+
+def test_a_link_whose_other_side_is_gone_says_so(tmp_path: Path) -> None:
+    def work(stage: int, transport: GlooTransport) -> None:
+        if stage == 1:
+            transport.receive_hidden(1)
+
+    with pytest.raises(EngineDeadError, match="the link to stage 0 broke"):
+        run_stages(2, tmp_path, work, wait=False)
