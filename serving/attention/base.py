@@ -23,8 +23,8 @@ class StepInputs:
 
     All tensors lie on the stage's device. Page numbers beyond what `context_lens` needs may be
     anything, also negative. The lists are host copies, so that no step waits for the device; they
-    are empty where a step is recorded once and run many times, with tensors that change (`tiles`
-    and `decode_lens` are given then). Integers on a GPU may be int32 where int64 is named.
+    are empty where a step is recorded once and run many times with tensors that change (the
+    `attention_plan` is given then). Integers on a GPU may be int32 where int64 is named.
     """
 
     token_ids: Tensor
@@ -46,10 +46,8 @@ class StepInputs:
     page_size: int
     table_rows: Tensor | None = None
     """[S] int32: the row of `page_tables` with each sequence's pages; None: its own number."""
-    decode_lens: Tensor | None = None
-    """[num_decodes] int32: as context_lens, but 0 for rows that only pad; None: no row pads."""
-    tiles: Any = field(default=None, repr=False)
-    """A backend's split of the prefills, made ahead for all layers."""
+    attention_plan: Any = field(default=None, repr=False)
+    """What a backend lays out once for all layers; a backend makes it itself if it is None."""
 
 
 class AttentionBackend(ABC):

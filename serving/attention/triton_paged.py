@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,13 +11,26 @@ from torch import Tensor
 from serving.attention.base import AttentionBackend, StepInputs
 from serving.kernels import triton
 
-__all__ = ["TritonAttention"]
+__all__ = ["TritonAttention", "TritonPlan"]
+
+
+@dataclass(frozen=True)
+class TritonPlan:
+    """How a micro-batch's attention is cut up, for all layers: `StepInputs.attention_plan`.
+
+    shares [W, 4] and part_starts [S + 1] are those of `decode_shares`, tiles [P, 2] those of
+    `prefill_tiles` for `tile_shape`; all int32 on the device.
+    """
+
+    shares: Tensor
+    part_starts: Tensor
+    tiles: Tensor
+    tile_shape: triton.PrefillShape
 
 
 class TritonAttention(AttentionBackend):
-    """Decodes by split keys, prefills by tiles of tokens; pages are walked in place.
+    """Decodes by shares of keys, prefills by tiles of tokens; pages are walked in place.
 
-    `StepInputs.tiles` is a pair: what `prefill_tiles` gives, on the device, and its shape.
     `processors` bounds how many multiprocessors a launch is laid out for (default: all).
     """
 
@@ -37,28 +52,22 @@ class TritonAttention(AttentionBackend):
         layer: int,
     ) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        heads, dim, kv_heads = q.shape[1], q.shape[2], kv.shape[3]
-        if inputs.num_decodes:
-            lens = inputs.context_lens if inputs.decode_lens is None else inputs.decode_lens
-            triton.paged_decode(
-                q,
-                kv,
-                page_tables=inputs.page_tables,
-                table_rows=inputs.table_rows,
-                lens=lens[: inputs.num_decodes],
-                scale=scale,
-                sliding_window=sliding_window,
-                shape=triton.decode_shape(
-                    inputs.num_decodes, kv_heads, dim, q.dtype, self._processors
-                ),
-                out=out,
-            )
-        if inputs.tiles is None:
-            shape = triton.prefill_shape(
-                heads, kv_heads, dim, q.dtype, longest=max(inputs.context_lens_host)
-            )
-            inputs.tiles = (self._tiles(inputs, shape.tokens(heads, kv_heads)), shape)
-        tiles, shape = inputs.tiles
+        if inputs.attention_plan is None:
+            inputs.attention_plan = self._plan(q, kv.shape[3], inputs)
+        plan: TritonPlan = inputs.attention_plan
+        triton.paged_decode(
+            q,
+            kv,
+            page_tables=inputs.page_tables,
+            table_rows=inputs.table_rows,
+            lens=inputs.context_lens,
+            shares=plan.shares,
+            part_starts=plan.part_starts,
+            scale=scale,
+            sliding_window=sliding_window,
+            shape=triton.decode_shape(q.shape[2], q.dtype),
+            out=out,
+        )
         triton.paged_prefill(
             q,
             kv,
@@ -66,20 +75,27 @@ class TritonAttention(AttentionBackend):
             table_rows=inputs.table_rows,
             query_starts=inputs.query_starts,
             context_lens=inputs.context_lens,
-            tiles=tiles,
+            tiles=plan.tiles,
             scale=scale,
             sliding_window=sliding_window,
-            shape=shape,
+            shape=plan.tile_shape,
             out=out,
         )
         return out
 
-    @staticmethod
-    def _tiles(inputs: StepInputs, tokens: int) -> Tensor:
+    def _plan(self, q: Tensor, kv_heads: int, inputs: StepInputs) -> TritonPlan:
+        device, heads, decodes = q.device, q.shape[1], inputs.num_decodes
+        lens = np.array(inputs.context_lens_host, dtype=np.int32)
+        shape = triton.prefill_shape(
+            heads, kv_heads, q.shape[2], q.dtype, longest=max(inputs.context_lens_host)
+        )
         tiles = triton.prefill_tiles(
             np.array(inputs.query_starts_host, dtype=np.int32),
-            np.array(inputs.context_lens_host, dtype=np.int32),
-            inputs.num_decodes,
-            tokens,
+            lens,
+            decodes,
+            shape.tokens(heads, kv_heads),
         )
-        return torch.from_numpy(tiles).to(inputs.context_lens.device)
+        room = triton.share_room(decodes, kv_heads, self._processors)
+        shares, part_starts = triton.decode_shares(lens[:decodes], room)
+        on_device = [torch.from_numpy(part).to(device) for part in (shares, part_starts, tiles)]
+        return TritonPlan(on_device[0], on_device[1], on_device[2], shape)

@@ -55,13 +55,15 @@ def test_greedy_equals_transformers(
     params = SamplingParams(max_tokens=OUT, temperature=0.0, ignore_eos=True)
     with LLM(
         folder, device="cuda", dtype="float32", cuda_graphs=graphs, max_num_batched_tokens=chunk,
-        num_kv_pages=pages, max_model_len=256, max_num_seqs=16,
+        num_kv_pages=pages, kv_memory=1 << 26, max_model_len=256, max_num_seqs=16,
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, params)
         again = llm.generate(prompts[:2], params)
         assert eventually(lambda: llm.engine.stats.pages_used == 0)
     answers = [output.outputs[0].token_ids for output in outputs]
-    assert answers == _expected(folder, prompts)
+    # The reference stops at its end token, which our sequences ignore.
+    for answer, expected in zip(answers, _expected(folder, prompts), strict=True):
+        assert answer[: len(expected)] == expected
     assert [output.outputs[0].token_ids for output in again] == answers[:2]
 
 
@@ -75,12 +77,12 @@ def test_sampling_does_not_depend_on_neighbours(tmp_path: Path) -> None:
     )
     prompt = [1, 2, 3, 4, 5]
     every = [plain, filtered, asked]
-    with LLM(folder, device="cuda", dtype="float32", max_num_seqs=16) as llm:
+    with LLM(folder, device="cuda", dtype="float32", max_num_seqs=16, kv_memory=1 << 26) as llm:
         alone = [llm.generate([prompt], params)[0].outputs[0] for params in every]
         together = [out.outputs[0] for out in llm.generate([prompt] * 3, every)]
     assert [out.token_ids for out in alone] == [out.token_ids for out in together]
     assert alone[2].logprobs is not None
     assert len(alone[2].logprobs) >= 20
-    with LLM(folder, device="cpu", dtype="float32", max_num_seqs=16) as llm:
+    with LLM(folder, device="cpu", dtype="float32", max_num_seqs=16, kv_memory=1 << 26) as llm:
         host = [out.outputs[0].token_ids for out in llm.generate([prompt] * 3, every)]
     assert [out.token_ids for out in alone] == host

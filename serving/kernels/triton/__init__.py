@@ -9,10 +9,12 @@ from serving.kernels.triton.attention import (
     DecodeShape,
     PrefillShape,
     decode_shape,
+    decode_shares,
     paged_decode,
     paged_prefill,
     prefill_shape,
     prefill_tiles,
+    share_room,
 )
 from serving.kernels.triton.sampling import draw_tokens, enter_pages, resolve_tokens
 from serving.kernels.triton.tokenwise import (
@@ -27,6 +29,7 @@ __all__ = [
     "PrefillShape",
     "add_rms_norm",
     "decode_shape",
+    "decode_shares",
     "draw_tokens",
     "enter_pages",
     "paged_decode",
@@ -36,5 +39,6 @@ __all__ = [
     "resolve_tokens",
     "rms_norm",
     "rotary_and_write_kv",
+    "share_room",
     "silu_and_mul",
 ]

@@ -17,25 +17,26 @@ __all__ = [
     "DecodeShape",
     "PrefillShape",
     "decode_shape",
+    "decode_shares",
     "paged_decode",
     "paged_prefill",
     "prefill_shape",
     "prefill_tiles",
+    "share_room",
 ]
 
 # The kernels carry no types of their own.
 _kernels: Any = attention_kernels
 
-_MAX_SPLITS = 32
-_LEAST_SHARE = 128  # keys; a share of fewer costs more than it spreads
+_SHARE_STEP = 32  # keys
+_LEAST_SHARE = 128  # a share of fewer keys costs more than it spreads
 
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Keys a block, shares of the keys, warps and pipeline stages of a decode launch."""
+    """Keys a block, warps and pipeline stages of a decode launch."""
 
     block: int
-    splits: int
     warps: int
     stages: int
 
@@ -54,20 +55,44 @@ class PrefillShape:
         return max(1, self.tile // _power(heads // kv_heads))
 
 
-def decode_shape(
-    rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, processors: int
-) -> DecodeShape:
-    """For `rows` sequences on so many multiprocessors.
-
-    Sequences differ in length, so there is room for shares of the longest even where rows alone
-    would fill the GPU; short sequences leave that room unused.
-    """
-    splits = max(4, min(_MAX_SPLITS, 4 * processors // max(1, rows * kv_heads)))
-    if rows * kv_heads >= 16 * processors:
-        splits = 1
+def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
+    """The fastest of the measured blocks."""
     if dtype is torch.float32:
-        return DecodeShape(16 if head_dim > 128 else 32, splits, 4, 2)
-    return DecodeShape(32, splits, 4 if head_dim > 128 else 2, 3)
+        return DecodeShape(16 if head_dim > 128 else 32, 4, 2)
+    return DecodeShape(32, 4 if head_dim > 128 else 2, 3)
+
+
+def share_room(sequences: int, kv_heads: int, processors: int) -> int:
+    """Shares that so many sequences may be cut into: about six programs a multiprocessor more."""
+    return sequences + max(sequences // 2, -(-6 * processors // kv_heads))
+
+
+def decode_shares(
+    lens: NDArray[np.int32], room: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Cut the keys of decodes into at most `room` shares of about equal size, the largest first.
+
+    Sequences differ in length, and the longest decides when a launch ends, so it is cut. Returns
+    (sequence, first key, one past the last, part or -1) of each share, [W, 4], and the first part
+    of each sequence, [S + 1]. Every length is at least 1 and room is more than the sequences.
+    """
+    count = len(lens)
+    if not count:
+        return np.zeros((0, 4), dtype=np.int32), np.zeros(1, dtype=np.int32)
+    # Each sequence rounds up by less than one share, so this many always fit.
+    even = np.array(-(-int(lens.sum()) // (room - count)))
+    share = np.maximum(_LEAST_SHARE, _round_up(even))
+    per = -(-lens // share)
+    size = _round_up(-(-lens // per))
+    starts = np.concatenate(([0], np.cumsum(per))).astype(np.int32)
+    sequence = np.repeat(np.arange(count), per)
+    part = np.arange(starts[-1])
+    first = (part - starts[sequence]) * size[sequence]
+    last = np.minimum(first + size[sequence], lens[sequence])
+    part[per[sequence] == 1] = -1
+    order = np.argsort(first - last, kind="stable")
+    shares = np.stack((sequence, first, last, part), axis=1)[order]
+    return shares.astype(np.int32), starts
 
 
 def prefill_shape(
@@ -113,40 +138,39 @@ def paged_decode(
     page_tables: Tensor,
     table_rows: Tensor | None,
     lens: Tensor,
+    shares: Tensor,
+    part_starts: Tensor,
     scale: float,
     sliding_window: int | None,
     shape: DecodeShape,
     out: Tensor,
 ) -> None:
-    """Attend the first len(lens) rows of q [T, Hq, D], each the newest token of its sequence.
+    """Attend the rows of q [T, Hq, D] that `shares` [W, 4] names, each a sequence's newest token.
 
-    lens: [S] int32 keys of each sequence, 0 leaves a row of `out` as it is. Sequence s has its
-    pages in row `table_rows[s]` of page_tables (None: row s). Writes `out` [T, Hq, D].
+    lens: int32 keys of each sequence; shares and part_starts [S + 1]: see `decode_shares`, where a
+    negative sequence is no share. Sequence s has its pages in row `table_rows[s]` of page_tables
+    (None: row s). Writes those rows of `out` [T, Hq, D] and no other.
     """
-    rows, (_, heads, dim), kv_heads = lens.shape[0], q.shape, kv.shape[3]
-    if not rows:
+    (_, heads, dim), kv_heads = q.shape, kv.shape[3]
+    count, rows = shares.shape[0], part_starts.shape[0] - 1
+    if not count:
         return
-    splits = shape.splits
-    parts, weights = out, lens
-    if splits > 1:
-        parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device)
-        weights = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device)
+    parts = torch.empty(count, heads, dim, dtype=torch.float32, device=q.device)
+    weights = torch.empty(count, heads, dtype=torch.float32, device=q.device)
     group = heads // kv_heads
-    _kernels.decode_kernel[(rows, kv_heads, splits)](
-        q, kv, page_tables, page_tables if table_rows is None else table_rows, lens, out, parts,
-        weights, scale, sliding_window or 0,
+    _kernels.decode_kernel[(count, kv_heads)](
+        q, kv, page_tables, page_tables if table_rows is None else table_rows, lens, shares, out,
+        parts, weights, scale, sliding_window or 0,
         q.stride(0), q.stride(1), *kv.stride()[:4], page_tables.stride(0),
         out.stride(0), out.stride(1),
         heads, group, max(16, _power(group)), dim, max(16, _power(dim)), kv.shape[2], shape.block,
-        splits, _LEAST_SHARE, sliding_window is not None, table_rows is not None, _precision(q),
+        sliding_window is not None, table_rows is not None, _precision(q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    if splits > 1:
-        _kernels.merge_kernel[(rows, heads)](
-            parts, weights, lens, out, sliding_window or 0, out.stride(0), out.stride(1),
-            heads, dim, max(16, _power(dim)), shape.block, splits, _power(splits), _LEAST_SHARE,
-            sliding_window is not None, num_warps=2,
-        )  # fmt: skip
+    _kernels.merge_kernel[(rows, heads)](
+        parts, weights, part_starts, out, out.stride(0), out.stride(1),
+        heads, dim, max(16, _power(dim)), 16, num_warps=2,
+    )  # fmt: skip
 
 
 def paged_prefill(
@@ -181,6 +205,10 @@ def paged_prefill(
         sliding_window is not None, table_rows is not None, _precision(q),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
+
+
+def _round_up(keys: NDArray[Any]) -> NDArray[Any]:
+    return -(-keys // _SHARE_STEP) * _SHARE_STEP
 
 
 def _power(value: int) -> int:

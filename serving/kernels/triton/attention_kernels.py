@@ -14,36 +14,31 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def decode_kernel(
-    q, kv, tables, table_rows, lens, out, parts, weights, scale, window,
+    q, kv, tables, table_rows, lens, shares, out, parts, weights, scale, window,
     q_token, q_head, kv_page, kv_value, kv_slot, kv_head, table_stride, out_token, out_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One sequence's newest token, one key-value head, one share of the keys.
+    """One share of one sequence's keys for one key-value head and its newest token's queries.
 
-    A sequence of length 0 is left alone. With SPLITS > 1 each share, of at least LEAST keys, writes
-    its normalised part and the base-2 logarithm of its weight, and `merge_kernel` adds them up.
+    shares holds (sequence, first key, one past the last, part): a negative sequence is no share,
+    part -1 the whole of a sequence. Other parts are written normalised, with the base-2 logarithm
+    of their weight, for `merge_kernel`.
     """
-    sequence = tl.program_id(0)
+    share = tl.program_id(0)
     head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(lens + sequence)
-    if length == 0:
+    sequence = tl.load(shares + 4 * share)
+    if sequence < 0:
         return
+    first = tl.load(shares + 4 * share + 1)
+    last = tl.load(shares + 4 * share + 2)
+    part = tl.load(shares + 4 * share + 3)
+    if WINDOW:
+        first = tl.maximum(first, tl.load(lens + sequence) - window)
     row = sequence
     if ROWS:
         row = tl.load(table_rows + sequence)
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(length - window, 0)
-    # Short sequences use few shares, so that long ones do not keep all others waiting.
-    share = tl.maximum(tl.cdiv(tl.cdiv(length - begin, BLOCK), SPLITS) * BLOCK, LEAST)
-    first = begin + split * share
-    if first >= length:
-        return
-    last = tl.minimum(first + share, length)
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
     held = (g[:, None] < GROUP) & (d[None, :] < DIM)
@@ -77,46 +72,50 @@ def decode_kernel(
         best = better
     safe = tl.where(total > 0, total, 1.0)
     result = summed / safe[:, None]
-    if SPLITS == 1:
+    if part < 0:
         tl.store(
             out + sequence.to(tl.int64) * out_token + heads[:, None] * out_head + d[None, :],
             result.to(out.dtype.element_ty), mask=held,
         )  # fmt: skip
     else:
-        part = (sequence * HEADS + heads) * SPLITS + split
-        tl.store(parts + part[:, None].to(tl.int64) * DIM + d[None, :], result, mask=held)
+        at = part * HEADS + heads
+        tl.store(parts + at[:, None].to(tl.int64) * DIM + d[None, :], result, mask=held)
         weight = tl.where(total > 0, best + tl.log2(safe), float("-inf"))
-        tl.store(weights + part, weight, mask=g < GROUP)
+        tl.store(weights + at, weight, mask=g < GROUP)
 
 
 @triton.jit
 def merge_kernel(
-    parts, weights, lens, out, window, out_token, out_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
+    parts, weights, part_starts, out, out_token, out_head,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Add up the shares of one sequence and query head."""
+    """Add up the parts of one sequence and query head; a sequence of one part is done already."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
-    length = tl.load(lens + sequence)
-    if length == 0:
+    first = tl.load(part_starts + sequence)
+    last = tl.load(part_starts + sequence + 1)
+    if last - first < 2:
         return
-    if WINDOW:
-        length = tl.minimum(length, window)
-    share = tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK, LEAST)
-    used = tl.cdiv(length, share)
-    i = tl.arange(0, SPLITS_PAD)
     d = tl.arange(0, DIM_PAD)
-    part = (sequence * HEADS + head) * SPLITS + i
-    weight = tl.load(weights + part, mask=i < used, other=float("-inf"))
-    weight = tl.exp2(weight - tl.max(weight, 0))
-    weight = weight / tl.sum(weight, 0)
-    held = (i[:, None] < used) & (d[None, :] < DIM)
-    values = tl.load(parts + part[:, None].to(tl.int64) * DIM + d[None, :], mask=held, other=0.0)
-    result = tl.sum(values * weight[:, None], 0)
+    best = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    summed = tl.zeros([DIM_PAD], tl.float32)
+    for start in range(first, last, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)
+        at = i * HEADS + head
+        weight = tl.load(weights + at, mask=i < last, other=float("-inf"))
+        held = (i[:, None] < last) & (d[None, :] < DIM)
+        values = tl.load(parts + at[:, None].to(tl.int64) * DIM + d[None, :], mask=held, other=0.0)
+        better = tl.maximum(best, tl.max(weight, 0))
+        finite = tl.where(better == float("-inf"), 0.0, better)
+        shrink = tl.exp2(best - finite)
+        weight = tl.exp2(weight - finite)
+        total = total * shrink + tl.sum(weight, 0)
+        summed = summed * shrink + tl.sum(values * weight[:, None], 0)
+        best = better
     tl.store(
         out + sequence.to(tl.int64) * out_token + head * out_head + d,
-        result.to(out.dtype.element_ty), mask=d < DIM,
+        (summed / total).to(out.dtype.element_ty), mask=d < DIM,
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def _choose_kernel(
     tl.store(last_tokens + tl.load(slots + row), chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _enter_kernel(entries, tables, table_stride, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
@@ -92,7 +92,7 @@ def _enter_kernel(entries, tables, table_stride, count, BLOCK: tl.constexpr):
     tl.store(tables + slot * table_stride + column, page, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _resolve_kernel(ids, last_tokens, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count

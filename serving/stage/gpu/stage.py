@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from serving.attention import StepInputs
+from serving.attention.triton_paged import TritonPlan
 from serving.config.engine import EngineConfig
 from serving.config.model import ModelConfig
 from serving.core import StepPlan
@@ -24,7 +25,7 @@ from serving.sampling import SampleOutput, Sampler
 from serving.stage.gpu.graphs import BUCKETS, StepGraphs, bucket_of
 from serving.stage.gpu.memory import MemoryPlan, device_tensor
 from serving.stage.gpu.results import PendingResult, ResultThread
-from serving.stage.gpu.staging import PageEntries, Size, Staging
+from serving.stage.gpu.staging import Cut, PageEntries, Size, Staging
 from serving.stage.mirror import Rows
 
 __all__ = ["GpuStage"]
@@ -68,6 +69,7 @@ class GpuStage:
         self._short_tile = kernels.prefill_shape(*self._shape, longest=0)
         self._long_tile = kernels.prefill_shape(*self._shape, longest=1 << 30)
         self._tile_tokens = self._short_tile.tokens(heads, kv_heads)
+        self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._max_tokens, self._slots = config.max_num_batched_tokens, config.max_num_seqs
         # One slot more than there are sequences takes what padding rows draw.
         self._last_tokens = torch.zeros(self._slots + 1, dtype=torch.int32, device=self._device)
@@ -98,9 +100,10 @@ class GpuStage:
             torch.zeros(page, dtype=self._dtype, device=self._device) for _ in self._model.layers
         ]
         tokens = self._max_tokens
-        size = Size(tokens, 1, -(-tokens // self._tile_tokens))
+        size = Size(tokens, 1, 0, -(-tokens // self._tile_tokens))
         # All zero: one sequence of no keys whose tokens are written nowhere that matters.
         self._run_body(size, 0)
+        self._run_body(size, 0, longest=1 << 30)
         rows = self._slots
         hidden = torch.zeros(rows, self._model_config.hidden_size, dtype=self._dtype,
                              device=self._device)  # fmt: skip
@@ -134,8 +137,13 @@ class GpuStage:
         self._tables = torch.zeros(
             self._slots, max_pages_a_slot, dtype=torch.int32, device=self._device
         )
-        most_tiles = -(-self._max_tokens // self._tile_tokens) + self._slots
-        self._staging = Staging(self._max_tokens, self._slots, most_tiles, _ENTRIES, self._device)
+        most = Size(
+            self._max_tokens,
+            max(self._slots, min(self._max_tokens, BUCKETS[-1])),
+            self._room(max(self._slots, BUCKETS[-1])),
+            -(-self._max_tokens // self._tile_tokens) + self._slots + _MIXED_PREFILLS,
+        )
+        self._staging = Staging(most, self._slots, _ENTRIES, self._device)
         hidden = self._model_config.hidden_size
         top = min(BUCKETS[-1], self._max_tokens)
         self._hidden = torch.zeros(top, hidden, dtype=self._dtype, device=self._device)
@@ -147,7 +155,7 @@ class GpuStage:
         for bucket in reversed(BUCKETS):
             if bucket <= self._max_tokens:
                 if bucket <= self._slots:
-                    decode = Size(bucket, bucket, 0)
+                    decode = Size(bucket, bucket, self._room(bucket), 0)
                     self._graphs.record("body", decode, partial(self._replayable, decode))
                 mixed = self._mixed_size(bucket)
                 if mixed is not None:
@@ -160,7 +168,12 @@ class GpuStage:
         if bucket < 8:
             return None
         tiles = -(-bucket // self._tile_tokens) + _MIXED_PREFILLS
-        return Size(bucket, min(bucket, self._slots), tiles)
+        sequences = min(bucket, self._slots)
+        return Size(bucket, sequences, self._room(sequences), tiles)
+
+    def _room(self, sequences: int) -> int:
+        room: int = self._kernels.share_room(sequences, self._shape[1], self._processors)
+        return room
 
     # ---- one micro-batch
 
@@ -169,8 +182,8 @@ class GpuStage:
         """Launch a micro-batch; its result follows from another thread."""
         launched = time.perf_counter()
         words = self._staging.open()
-        size, tiles, recorded = self._size(rows)
-        self._staging.fill_body(words, size, rows, tiles)
+        size, cut, recorded = self._size(rows)
+        self._staging.fill_body(words, size, rows, cut)
         entries = _page_entries(plan)
         count = len(entries.slots)
         if count <= self._staging.max_entries:
@@ -211,37 +224,34 @@ class GpuStage:
         done.record(self._stream)
         self._results.put(PendingResult(rows.number, done, launched, arrays))
 
-    def _size(
-        self, rows: Rows
-    ) -> tuple[Size, np.ndarray[tuple[int, int], np.dtype[np.int32]], bool]:
-        """The size to run at, its prefill tiles, and whether it may have been recorded."""
-        tokens, sequences = len(rows.positions), len(rows.slots)
+    def _size(self, rows: Rows) -> tuple[Size, Cut, bool]:
+        """The size to run at, how attention is cut up, and whether it may have been recorded."""
+        tokens, sequences, decodes = len(rows.positions), len(rows.slots), rows.num_decodes
         bucket = bucket_of(tokens) if self._graphs else None
-        none = np.zeros((0, 2), dtype=np.int32)
-        if rows.num_decodes == sequences:
-            if bucket is not None and bucket <= min(self._slots, self._max_tokens):
-                return Size(bucket, bucket, 0), none, True
-            return Size(tokens, sequences, 0), none, False
-        tiles = self._kernels.prefill_tiles(
-            rows.query_starts, rows.context_lens, rows.num_decodes, self._tile_tokens
-        )
-        if bucket is not None:
-            mixed = self._mixed_size(max(8, bucket))
-            if (
-                mixed is not None
-                and mixed.tokens <= self._max_tokens
-                and len(tiles) <= mixed.tiles
-                and sequences <= mixed.sequences
-            ):
-                return mixed, tiles, True
+        recorded: Size | None = None
+        if bucket is not None and decodes == sequences:
+            if bucket <= min(self._slots, self._max_tokens):
+                recorded = Size(bucket, bucket, self._room(bucket), 0)
+        elif bucket is not None:
+            recorded = self._mixed_size(max(8, bucket))
+            if recorded is not None and recorded.tokens > self._max_tokens:
+                recorded = None
+        tiles = self._tiles(rows, self._short_tile)
+        if recorded is not None and (len(tiles) > recorded.tiles or sequences > recorded.sequences):
+            recorded = None
         shape = self._tile_shape(int(rows.context_lens.max()))
-        if shape is not self._short_tile:
-            heads, kv_heads = self._shape[:2]
-            tiles = self._kernels.prefill_tiles(
-                rows.query_starts, rows.context_lens, rows.num_decodes,
-                shape.tokens(heads, kv_heads),
-            )  # fmt: skip
-        return Size(tokens, sequences, len(tiles)), tiles, False
+        if recorded is None and shape is not self._short_tile:
+            tiles = self._tiles(rows, shape)
+        room = self._room(decodes) if recorded is None else recorded.shares
+        shares, part_starts = self._kernels.decode_shares(rows.context_lens[:decodes], room)
+        size = recorded or Size(tokens, sequences, len(shares), len(tiles))
+        return size, Cut(shares, part_starts, tiles), recorded is not None
+
+    def _tiles(self, rows: Rows, shape: Any) -> Any:
+        heads, kv_heads = self._shape[:2]
+        return self._kernels.prefill_tiles(
+            rows.query_starts, rows.context_lens, rows.num_decodes, shape.tokens(heads, kv_heads)
+        )
 
     def _tile_shape(self, longest: int) -> Any:
         return self._long_tile if longest > 1024 else self._short_tile
@@ -261,8 +271,9 @@ class GpuStage:
             context_lens_host=[],
             page_size=self._config.page_size,
             table_rows=body.table_rows,
-            decode_lens=body.decode_lens,
-            tiles=(body.tiles, self._tile_shape(longest)),
+            attention_plan=TritonPlan(
+                body.shares, body.part_starts, body.tiles, self._tile_shape(longest)
+            ),
         )
         return self._model.forward(inputs, None, self._kv)
 

@@ -1,13 +1,14 @@
 """What a step needs from the host, in one pinned buffer and one copy to the device.
 
 ```
-int32 words:  | drawing: 5 words a row | body: 6 words a token or sequence, tiles | page entries |
+int32 words:  | drawing: 5 words a row | body: tokens, sequences, shares, tiles | page entries |
 ```
 
 The place of every field follows from a `Size` alone, so a recorded step of that size finds its
-inputs where it found them when it was recorded. Fields are filled up to the size with values that
-do nothing: slots of -1 are not written, lengths of 0 not read, tiles of -1 skipped, and drawn rows
-beyond the last go to a slot that nobody has.
+inputs where it found them when it was recorded. Every field starts at a multiple of 16 bytes, as
+kernels are compiled once for aligned addresses and once more for others. Fields are filled up to
+the size with values that do nothing: slots of -1 are not written, shares and tiles of sequence -1
+are skipped, and drawn rows beyond the last go to a slot that nobody has.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from serving.stage.mirror import Int32s, Rows
 
-__all__ = ["Body", "Drawing", "PageEntries", "Size", "Staging"]
+__all__ = ["Body", "Cut", "Drawing", "PageEntries", "Size", "Staging"]
 
 Words = NDArray[np.int32]
 
@@ -31,10 +32,11 @@ _DRAW_WORDS = 5
 
 @dataclass(frozen=True)
 class Size:
-    """Padded numbers of tokens, sequences and prefill tiles of a step."""
+    """Padded numbers of tokens, sequences, decode shares and prefill tiles of a step."""
 
     tokens: int
     sequences: int
+    shares: int
     tiles: int
 
 
@@ -50,9 +52,19 @@ class Body:
     ids: Tensor
     table_rows: Tensor
     context_lens: Tensor
-    decode_lens: Tensor
     query_starts: Tensor
+    part_starts: Tensor
+    shares: Tensor
     tiles: Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a micro-batch's attention is cut up, on the host; see `serving.kernels.triton`."""
+
+    shares: Words
+    part_starts: Words
+    tiles: Words
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,16 @@ class Staging:
     """A ring of pinned buffers and the one device buffer that all steps read."""
 
     def __init__(
-        self, max_tokens: int, max_rows: int, max_tiles: int, max_entries: int, device: torch.device
+        self,
+        most: Size,
+        max_rows: int,
+        max_entries: int,
+        device: torch.device,
     ) -> None:
+        max_rows = _aligned(max_rows)
         self._draw_words = _DRAW_WORDS * max_rows
         self._max_rows, self.max_entries = max_rows, max_entries
-        body = 3 * max_tokens + 4 * max(max_rows, max_tokens) + 1 + 2 * max_tiles
-        words = self._draw_words + body + 3 * max_entries
+        words = self._entries_at(most) + 3 * max_entries
         self._host = [torch.zeros(words, dtype=torch.int32).pin_memory() for _ in range(_RING)]
         self._words: list[Words] = [host.numpy() for host in self._host]
         self._copied = [
@@ -107,16 +123,16 @@ class Staging:
 
     # ---- host side
 
-    def fill_body(self, words: Words, size: Size, rows: Rows, tiles: Words) -> None:
+    def fill_body(self, words: Words, size: Size, rows: Rows, cut: Cut) -> None:
         """Write one micro-batch's inputs, padded to `size`."""
-        tokens, sequences = len(rows.positions), len(rows.slots)
+        tokens = len(rows.positions)
         at = self._draw_words
 
         def put(values: NDArray[np.int64] | Int32s, room: int, padding: int) -> None:
             nonlocal at
             words[at : at + len(values)] = values
             words[at + len(values) : at + room] = padding
-            at += room
+            at += _aligned(room)
 
         put(rows.positions, size.tokens, 0)
         put(rows.slot_mapping, size.tokens, -1)
@@ -124,14 +140,13 @@ class Staging:
         words[at : at + decodes] = -1 - rows.slots[:decodes]
         words[at + decodes : at + tokens] = rows.prompt_tokens
         words[at + tokens : at + size.tokens] = 0
-        at += size.tokens
+        at += _aligned(size.tokens)
         put(rows.slots, size.sequences, 0)
         put(rows.context_lens, size.sequences, 0)
-        put(rows.context_lens[:decodes], size.sequences, 0)
-        words[at : at + sequences + 1] = rows.query_starts
-        words[at + sequences + 1 : at + size.sequences + 1] = tokens
-        at += size.sequences + 1
-        put(tiles.reshape(-1), 2 * size.tiles, -1)
+        put(rows.query_starts, size.sequences + 1, tokens)
+        put(cut.part_starts, size.sequences + 1, int(cut.part_starts[-1]))
+        put(cut.shares.reshape(-1), 4 * size.shares, -1)
+        put(cut.tiles.reshape(-1), 2 * size.tiles, -1)
 
     def fill_drawing(
         self,
@@ -168,19 +183,20 @@ class Staging:
 
         def take(count: int) -> Tensor:
             nonlocal at
-            at += count
-            return self._device[at - count : at]
+            start, at = at, at + _aligned(count)
+            return self._device[start : start + count]
 
         positions, slot_mapping, ids = (take(size.tokens) for _ in range(3))
-        table_rows, context_lens, decode_lens = (take(size.sequences) for _ in range(3))
+        table_rows, context_lens = take(size.sequences), take(size.sequences)
         return Body(
             positions=positions,
             slot_mapping=slot_mapping,
             ids=ids,
             table_rows=table_rows,
             context_lens=context_lens,
-            decode_lens=decode_lens,
             query_starts=take(size.sequences + 1),
+            part_starts=take(size.sequences + 1),
+            shares=take(4 * size.shares).view(size.shares, 4),
             tiles=take(2 * size.tiles).view(size.tiles, 2),
         )
 
@@ -200,4 +216,11 @@ class Staging:
         return self._device[at : at + 3 * count].view(3, count)
 
     def _entries_at(self, size: Size) -> int:
-        return self._draw_words + 3 * size.tokens + 4 * size.sequences + 1 + 2 * size.tiles
+        tokens, sequences = _aligned(size.tokens), _aligned(size.sequences)
+        starts = _aligned(size.sequences + 1)
+        cut = 4 * size.shares + _aligned(2 * size.tiles)
+        return self._draw_words + 3 * tokens + 2 * sequences + 2 * starts + cut
+
+
+def _aligned(words: int) -> int:
+    return -(-words // 4) * 4

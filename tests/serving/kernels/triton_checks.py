@@ -75,15 +75,19 @@ def check_attention(
         "scale": dim**-0.5,
         "sliding_window": window,
     }
-    for splits in (1, 3):
+    shape = kernels.decode_shape(dim, dtype)
+    for room in (decodes + 1, decodes + 4):
         out = torch.full_like(q, torch.nan)
-        shape = kernels.decode_shape(decodes, kv_heads, dim, dtype, 132)
-        shape = kernels.DecodeShape(shape.block, splits, shape.warps, shape.stages)
-        # Rows of other sequences have length 0 here and must stay as they are.
-        decode_lens = lens_tensor.clone()
-        decode_lens[decodes:] = 0
-        kernels.paged_decode(q, kv, lens=decode_lens, shape=shape, out=out, **common)
+        shares, part_starts = kernels.decode_shares(np.array(lens[:decodes], np.int32), room)
+        assert len(shares) <= room
+        padding = np.full((2, 4), -1, dtype=np.int32)
+        kernels.paged_decode(
+            q, kv, lens=lens_tensor, shape=shape, out=out,
+            shares=torch.from_numpy(np.concatenate((shares, padding))).to(device),
+            part_starts=torch.from_numpy(part_starts).to(device), **common,
+        )  # fmt: skip
         close(out[:decodes], expected[:decodes], bound_of(dtype))
+        # Rows of other sequences stay as they are.
         assert out[decodes:].isnan().all()
     tile_shape = kernels.prefill_shape(heads, kv_heads, dim, dtype)
     tiles = kernels.prefill_tiles(
