@@ -52,7 +52,7 @@ _CUT = " …"
 
 #: Marks that chat templates of the supported families read as the start or end of a message.
 _TEMPLATE_MARK = re.compile(
-    r"<\|(?=[A-Za-z_▁])|\|>|<(?=/?s>)|\[(?=/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS"
+    r"<[|｜](?=[A-Za-z_▁])|[|｜]>|<(?=/?s>)|\[(?=/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS"
     r"|SYSTEM_PROMPT)\])|<(?=</?SYS>>)|<(?=(?:start|end)_of_turn>)|<(?=/?(?:think|tool_call|"
     r"tool_response)>)"
 )

@@ -34,8 +34,9 @@ _BOMS: tuple[tuple[bytes, str], ...] = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-#: Control characters that never stand in a text file (tabs, line and form feeds and returns do).
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+#: Control characters that never stand in a text file (tabs, line and form feeds and returns do),
+#: and halves of surrogate pairs, which JSON can hold but no file and no database.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f\ud800-\udfff]")
 _CONTROL_BYTES = bytes([*range(0, 9), *range(14, 27), *range(28, 32), 127])
 _DECLARED = re.compile(
     rb"(?:charset|coding)\s*[=:]\s*[\"']?(gb\d{4,5}|gbk|big5(?:-?hkscs)?|shift_?jis|euc-?\w{2}|"

@@ -44,7 +44,10 @@ def parse_notebook(source: str, stem: str, name: str, limits: Limits) -> Documen
                 out.add("code", fenced(printed, "text"), language="text", fenced=True)
         elif kind in ("markdown", "heading"):
             if kind == "heading":
-                text = "#" * int(cell.get("level", 1)) + " " + text
+                level = cell.get("level")
+                if not isinstance(level, int) or not 1 <= level <= 6:
+                    level = 1
+                text = "#" * level + " " + text
             _add_markdown(out, text.strip("\n").rstrip())
         else:
             out.add("prose", text)
@@ -60,7 +63,8 @@ def _cells(notebook: Any, name: str) -> list[dict[str, Any]]:
         cells = notebook.get("cells")
         if cells is None and isinstance(notebook.get("worksheets"), list):
             sheets = [s for s in notebook["worksheets"] if isinstance(s, dict)]
-            cells = [cell for sheet in sheets for cell in sheet.get("cells", [])]
+            lists = [sheet.get("cells") for sheet in sheets]
+            cells = [cell for found in lists if isinstance(found, list) for cell in found]
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise DocumentError(
             f"{name} is JSON but not a notebook: it has no list of cells;"
@@ -110,7 +114,7 @@ def _printed(outputs: Any) -> str:
         elif isinstance(data, dict):
             parts.append(_joined(data.get("text/plain", "")))
         elif output.get("output_type") == "error":
-            parts.append(f"{output.get('ename', 'Error')}: {output.get('evalue', '')}")
+            parts.append(clean(f"{output.get('ename', 'Error')}: {output.get('evalue', '')}"))
     return "\n".join(part.strip("\n") for part in parts if part.strip())[:_OUTPUT_CHARACTERS]
 
 
@@ -118,5 +122,5 @@ def _language(metadata: dict[str, Any]) -> str:
     for key, field in (("language_info", "name"), ("kernelspec", "language")):
         value = metadata.get(key)
         if isinstance(value, dict) and isinstance(value.get(field), str):
-            return str(value[field]).lower()[:20]
+            return clean(value[field]).lower()[:20]
     return "python"

@@ -442,3 +442,18 @@ def test_too_large_in_bytes_and_characters() -> None:
 def test_any_bytes_give_a_document_or_a_sentence(data: bytes, name: str) -> None:
     document, code = attempt(data, name)
     assert (document is not None and document.blocks) or code
+
+
+def test_notebooks_with_odd_fields_are_read() -> None:
+    data = notebook(
+        [
+            {"cell_type": "heading", "level": "x", "source": "Title"},
+            {"cell_type": "heading", "level": 10**9, "source": "Other"},
+            {"cell_type": "markdown", "source": "half \ud800 a pair"},
+        ]
+    )
+    text = parse(data, "a.ipynb").text
+    assert "Title" in text
+    text.encode()  # no lone surrogate is left
+    with pytest.raises(DocumentError, match="no cell with text"):
+        parse(b'{"worksheets": [{"cells": null}]}', "a.ipynb")
