@@ -19,7 +19,6 @@ _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 _VERBATIM = re.compile(r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)|\$\$[^$]+\$\$|(?<!\\)\$[^$\n]+\$")
 _IMAGE = re.compile(r"!\[([^\[\]\n]*)\]\(\s*<?([^()\s<>]*)>?[^()\n]*\)")
 _LINK = re.compile(r"(?<!!)\[([^\[\]\n]+)\]\(\s*<?([^()\s<>]*)>?[^()\n]*\)")
-_DEFINITION = re.compile(r"^( {0,3})\[([^\]\n]+)\]:", re.MULTILINE)
 _AUTOLINK = re.compile(r"<([a-zA-Z][a-zA-Z0-9+.-]{1,31}:[^<>\s]*)>")
 _CITATION = re.compile(r"(?<![\\!])\[(\d{1,3}(?:\s?[,，、]\s?\d{1,3}){0,9})\](?!\()")
 _NUMBER = re.compile(r"\d+")
@@ -51,8 +50,26 @@ def _link(match: re.Match[str]) -> str:
     host = link_host(url)
     if host is None:
         return label
-    shown = label if host in label else f"{label} ({host})"
+    shown = label if label.strip() in {host, url} else f"{label} ({host})"
     return f"[{shown}]({url})"
+
+
+def _links(part: str) -> str:
+    """Plain links with their host shown; whatever else could become a link is text.
+
+    Links with brackets, code or line ends inside and targets with parentheses are not recognised,
+    and so are disarmed with the rest; definitions (`[x]: address`) may stand anywhere.
+    """
+    result: list[str] = []
+    position = 0
+    for match in _LINK.finditer(part):
+        result += (_disarmed(part[position : match.start()]), _link(match))
+        position = match.end()
+    return "".join((*result, _disarmed(part[position:])))
+
+
+def _disarmed(prose: str) -> str:
+    return prose.replace("](", "]\\(").replace("]:", "]\\:")
 
 
 def _autolink(match: re.Match[str]) -> str:
@@ -61,9 +78,8 @@ def _autolink(match: re.Match[str]) -> str:
 
 def _prose(part: str) -> str:
     part = _IMAGE.sub(_image, part)
-    part = _LINK.sub(_link, part)
+    part = _links(part)
     part = _AUTOLINK.sub(_autolink, part)
-    part = _DEFINITION.sub(r"\1\\[\2]:", part)
     # Whatever still looks like a picture (by reference, or with brackets inside) becomes text.
     return part.replace("![", "!\\[")
 

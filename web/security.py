@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
-from starlette.responses import RedirectResponse
+from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from web.client import SESSION_COOKIE, Api, ApiError, PasswordChangeRequired, SignedOut
@@ -30,6 +30,9 @@ _NEXT = re.compile(
 )
 _PAGE_PATHS = {"/", *(f"/{page}" for page in PAGES)}
 IDENTITY_HEADER = "x-lectern-identity"
+# Streamlit keeps uploads in memory and asks nobody who sends them; its own figures are open, too.
+_UPLOADS = "/_stcore/upload_file/"
+_HIDDEN = {"/_stcore/metrics"}
 
 
 def safe_next(value: str | None) -> str:
@@ -138,7 +141,8 @@ def _is_page(scope: Scope) -> bool:
 class Gate:
     """Sends a browser without a valid session to the sign-in page before a page is loaded.
 
-    This is a courtesy, not the protection: the backend checks the session at every call.
+    This is a courtesy, not the protection: the backend checks the session at every call. Only
+    uploads stay here in memory until a script passes them on, so strangers may not send any.
     """
 
     def __init__(self, app: ASGIApp, api: Callable[[HTTPConnection, str | None], Api]) -> None:
@@ -152,7 +156,26 @@ class Gate:
                 response = RedirectResponse(target, 303, {"cache-control": "no-store"})
                 await response(scope, receive, send)
                 return
+        elif scope["type"] == "http" and await self._refuses(scope):
+            await PlainTextResponse("Not found.", 404)(scope, receive, send)
+            return
         await self._app(scope, receive, send)
+
+    async def _refuses(self, scope: Scope) -> bool:
+        path: str = scope["path"]
+        if path.rstrip("/") in _HIDDEN:
+            return True
+        if not path.startswith(_UPLOADS) or scope["method"] not in {"PUT", "POST", "DELETE"}:
+            return False
+        request = HTTPConnection(scope)
+        token = request.cookies.get(SESSION_COOKIE)
+        if not token:
+            return True
+        try:
+            me = await run_in_threadpool(self._api(request, token).me)
+        except ApiError:
+            return True
+        return bool(me["user"].get("must_change_password"))
 
     async def _redirect(self, request: HTTPConnection) -> str | None:
         query = request.url.query

@@ -46,7 +46,7 @@ def pages(backend: FakeBackend) -> Iterator[Starlette]:
             routes=[
                 *FormPages(api).routes(),
                 WebSocketRoute("/_stcore/stream", socket),
-                Route("/{path:path}", page),
+                Route("/{path:path}", page, methods=["GET", "PUT", "DELETE"]),
             ],
             middleware=[
                 Middleware(SecurityHeaders),
@@ -317,3 +317,14 @@ def test_only_named_assets_are_served(client: TestClient) -> None:
     assert client.get("/assets/account.js").status_code == 404
     assert client.get("/assets/..%2fclient.py").status_code in {200, 404}
     assert "ApiError" not in client.get("/assets/..%2fclient.py").text
+
+
+def test_strangers_cannot_put_files_into_memory(client: TestClient) -> None:
+    path = "/_stcore/upload_file/session/file"
+    assert client.put(path, content=b"x").status_code == 404
+    client.cookies.set("lectern_session", "made-up", domain="testserver.local")
+    assert client.put(path, content=b"x").status_code == 404
+    client.cookies.clear()
+    assert _login(client).status_code == 303
+    assert client.put(path, content=b"x").text == "the page"
+    assert client.get("/_stcore/metrics").status_code == 404

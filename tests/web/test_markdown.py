@@ -65,6 +65,13 @@ def test_a_picture_leaves_its_description_and_host() -> None:
         ("[a][b]\n\n[b]: https://hidden.example", []),
         ("<javascript:alert>", []),
         ("[a](https://user@evil.example/)", []),
+        ("[a [b] c](https://hidden.example)", []),
+        ("[a `b` c](https://hidden.example)", []),
+        ("[a\nb](https://hidden.example)", []),
+        ("[a](https://hidden.example/(b)c)", []),
+        ("[a](https://hidden.example '(b)')", []),
+        ("[a][b]\n\n> [b]: https://hidden.example", []),
+        ("[a][b]\n\n- [b]: https://hidden.example", []),
         ("[docs](https://docs.example/x)", ["https://docs.example/x"]),
         ("<https://docs.example/x>", ["https://docs.example/x"]),
     ],
@@ -78,6 +85,9 @@ def test_a_link_shows_its_host() -> None:
         "[docs (docs.example)](https://docs.example/x)"
     )
     assert safe("[docs.example](https://docs.example)") == "[docs.example](https://docs.example)"
+    assert safe("[bank.example/evil.co](https://evil.co)").startswith(
+        "[bank.example/evil.co (evil.co)]"
+    )
     assert safe("[bank.example](https://evil.example)") == (
         "[bank.example (evil.example)](https://evil.example)"
     )
