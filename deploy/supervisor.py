@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import http.client
 import os
@@ -39,6 +40,8 @@ LOG_BYTES = 20 * 1024 * 1024
 _TICK_SECONDS = 0.2
 #: Exit code by which a part says: the configuration is wrong, starting again will not help.
 BAD_CONFIGURATION = 2
+#: How the sentence begins that a part ends with.
+_FATAL = "lectern: "
 
 
 class SupervisorError(Exception):
@@ -76,14 +79,16 @@ class _Child:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen on `host`:`port` now."""
+    """Whether a server could listen on `host`:`port` now; OSError when it never could."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise
     return True
 
 
@@ -230,7 +235,8 @@ class Supervisor:
                 continue
             assert child.process is not None
             code = child.process.poll()
-            if child.healthy_since is None and first_start:
+            # The sentence of a refused configuration is shown once, at the end.
+            if child.healthy_since is None and first_start and code != BAD_CONFIGURATION:
                 self._show_new_lines(child)
             if code is not None:
                 self._mourn(child, code, first_start, now)
@@ -249,9 +255,11 @@ class Supervisor:
         _signal_group(child.process.pid, signal.SIGKILL)
         was_ready = child.healthy_since is not None
         child.healthy_since = None
-        if code == BAD_CONFIGURATION and not was_ready:
+        # Later on it is no fault of the configuration (a full disk, say): that passes.
+        if code == BAD_CONFIGURATION and first_start and not was_ready:
             raise SupervisorError(
-                _last_line(child.log_path) or f"{name} refused its configuration.",
+                _last_line(child.log_path).removeprefix(_FATAL)
+                or f"{name} refused its configuration.",
                 BAD_CONFIGURATION,
             )
         how = (
@@ -274,7 +282,7 @@ class Supervisor:
         child.shown += complete
         for line in new[:complete].decode("utf-8", "replace").splitlines():
             text = line.rsplit("\r", 1)[-1].rstrip()
-            if text:
+            if text and not text.startswith(_FATAL):
                 self._say(f"  {child.service.name:8} {text}")
 
 
@@ -307,7 +315,11 @@ def _last_line(path: Path) -> str:
 def _rotate(child: _Child) -> None:
     """Move a large log aside. Children append, so a truncated file goes on from its start."""
     if child.log_path.stat().st_size > LOG_BYTES:
-        shutil.copyfile(child.log_path, child.log_path.with_suffix(".log.1"))
+        old = child.log_path.with_suffix(".log.1")
+        try:
+            shutil.copyfile(child.log_path, old)
+        except OSError:  # a full disk: the old lines are worth less than the room they take
+            old.unlink(missing_ok=True)
         os.truncate(child.log_path, 0)
         child.shown = 0
 

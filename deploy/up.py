@@ -80,6 +80,7 @@ def up(
     started = time.monotonic()
     reach = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     state = (home or default_home()).expanduser().resolve()
+    os.umask(0o077)  # logs and caches of every part are for this user alone
     try:
         lock = _take_state(state)
         _check_ports(host, web_port, backend_port, None if upstream else engine_port)
@@ -173,7 +174,15 @@ def _check_ports(host: str, web: int, backend: int, engine: int | None) -> None:
             raise SupervisorError(
                 f"Port {port} is asked for twice. Choose another with {flag}.", BAD_CONFIGURATION
             )
-        if not port_is_free(address, port):
+        try:
+            free = port_is_free(address, port)
+        except OSError as error:
+            raise SupervisorError(
+                f"Port {port} on {address} cannot be used: {error.strerror}. Give an address of "
+                f"this machine with --host, or another port with {flag}.",
+                BAD_CONFIGURATION,
+            ) from None
+        if not free:
             raise SupervisorError(
                 f"Port {port} on {address} is in use. Stop what listens there, "
                 f"or choose another with {flag}.",

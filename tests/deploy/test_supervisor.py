@@ -13,7 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.supervisor import Service, Supervisor, SupervisorError, lock_home, port_is_free
+from deploy.supervisor import (
+    Service,
+    Supervisor,
+    SupervisorError,
+    _Child,
+    _rotate,
+    lock_home,
+    port_is_free,
+)
 
 SERVER = """
 import http.server, os, pathlib, subprocess, sys
@@ -165,3 +173,58 @@ def test_port_is_free() -> None:
         taken.listen()
         assert not port_is_free("127.0.0.1", taken.getsockname()[1])
     assert port_is_free("127.0.0.1", free_port())
+
+
+def test_the_sentence_of_a_refused_configuration_is_shown_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    code = "import sys, time; print('lectern: No model.', flush=True); time.sleep(0.6); sys.exit(2)"
+    service = Service("fake", [sys.executable, "-c", code], health=("127.0.0.1", free_port(), "/"))
+    with pytest.raises(SupervisorError, match=r"^No model\.$"):
+        Supervisor([service], tmp_path, said.append).run(lambda: None, start_seconds=20)
+    assert said == []
+
+
+def test_a_service_that_was_once_ready_is_never_given_up(tmp_path: Path) -> None:
+    """Exit code 2 while the disk is full, say, must not take the other services down."""
+    code = textwrap.dedent(
+        """
+        import pathlib, sys
+        mark = pathlib.Path(sys.argv[1]); starts = mark.read_text() if mark.exists() else ""
+        mark.write_text(starts + "x")
+        if len(starts) == 1: sys.exit(2)
+        if len(starts) == 0:
+            import time; time.sleep(1); sys.exit(1)
+        import time; time.sleep(60)
+        """
+    )
+    said: list[str] = []
+    service = Service("fake", [sys.executable, "-c", code, str(tmp_path / "mark")])
+
+    def say(line: str) -> None:
+        said.append(line)
+        if said.count("fake is ready again.") == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    supervisor = Supervisor([service], tmp_path / "logs", say)
+    assert supervisor.run(lambda: None, start_seconds=20) == 0
+    assert any("ended with code 2; starting it again" in line for line in said)
+
+
+def test_an_address_of_another_machine_is_no_port_in_use() -> None:
+    with pytest.raises(OSError, match="assign"):
+        port_is_free("192.0.2.1", free_port())
+
+
+def test_a_log_that_cannot_be_kept_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.supervisor.LOG_BYTES", 10)
+
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    child = _Child(Service("fake", []), tmp_path / "fake.log")
+    child.log_path.write_bytes(b"x" * 20)
+    _rotate(child)
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.log"]
+    assert child.log_path.stat().st_size == 0
