@@ -124,7 +124,7 @@ def backend(
             loop="auto",
             http="httptools",
             lifespan="on",
-            proxy_headers=False,  # only X-Forwarded-For from loopback counts, and only for logins
+            proxy_headers=False,  # X-Forwarded-For counts for logins only, and only from our own
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=_GRACE_SECONDS,

@@ -5,6 +5,7 @@ Invariants
   half-way through with "database is locked" when a read turns into a write.
 - Writers of one process queue on a lock; only processes compete for SQLite's own lock.
 - No transaction is open while a model answers: callers open one, finish it, and go on.
+- Errors never carry the values of a statement (hide_parameters): they end up in logs.
 """
 
 import threading
@@ -136,7 +137,9 @@ def _parse(url: str) -> URL:
 
 
 def _sqlite_engine(url: URL) -> Engine:
-    engine = create_engine(url, pool_size=8, max_overflow=56, pool_timeout=30)
+    engine = create_engine(
+        url, pool_size=8, max_overflow=56, pool_timeout=30, hide_parameters=True
+    )
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: ConnectionPoolEntry) -> None:
@@ -157,4 +160,20 @@ def _sqlite_engine(url: URL) -> Engine:
 
 
 def _postgres_engine(url: URL) -> Engine:
-    return create_engine(url, pool_size=8, max_overflow=24, pool_timeout=30, pool_pre_ping=True)
+    from psycopg.types.string import StrDumperUnknown
+
+    class WithoutNul(StrDumperUnknown):
+        """PostgreSQL stores no NUL, and people, documents and models all can send one."""
+
+        def dump(self, obj: str) -> Any:
+            return super().dump(obj.replace("\0", "\ufffd"))
+
+    engine = create_engine(
+        url, pool_size=8, max_overflow=24, pool_timeout=30, pool_pre_ping=True, hide_parameters=True
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _: ConnectionPoolEntry) -> None:
+        connection.adapters.register_dumper(str, WithoutNul)
+
+    return engine

@@ -117,6 +117,9 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
     # The rejected input is never echoed: it may be a password.
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        body = error_body(400, "invalid_json", "The body is not valid JSON. Correct it and retry.")
+        return JSONResponse(body, status_code=400)
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     param = ".".join(where) or None
     prefix = f"{param}: " if param else ""

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from backend.accounts.dependencies import is_loopback
+from backend.accounts.dependencies import is_neighbour
 from backend.accounts.models import LoginSession
 from backend.context import Context, ContextDep
 from backend.database import utcnow
@@ -26,8 +26,8 @@ def health(context: ContextDep) -> dict[str, str]:
 
 @router.get("/metrics")
 def metrics(request: Request, context: ContextDep) -> Response:
-    """For a scraper on this machine; from elsewhere the address does not exist."""
-    if not is_loopback(request):
+    """For a scraper of ours; from elsewhere the address does not exist."""
+    if not is_neighbour(request, context.settings):
         raise ApiError(404, "not_found", "There is nothing at this address.")
     _count(context)
     body, kind = context.metrics.render()

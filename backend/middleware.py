@@ -59,6 +59,8 @@ class RequestMiddleware:
         method = scope["method"] if route != "unmatched" else "any"
         self._metrics.http_requests.labels(route=route, method=method, status=str(status)).inc()
         self._metrics.http_seconds.labels(route=route, method=method).observe(seconds)
+        if route == "/health" and status == 200:
+            return  # asked by a supervisor several times a second while things start
         # The path template, not the path or the query: a query can hold what a student asked.
         log.info(
             "request", method=scope["method"], route=route, status=status,

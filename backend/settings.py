@@ -1,5 +1,6 @@
 """Settings of backend and index worker: one validated object, read from LECTERN_* variables."""
 
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,9 @@ Seconds = Annotated[float, Field(gt=0)]
 class Settings(BaseSettings):
     """Every value can be set by the environment variable LECTERN_<NAME>."""
 
-    model_config = SettingsConfigDict(env_prefix="LECTERN_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="LECTERN_", env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     home: Path = Field(
         default_factory=lambda: Path.home() / ".lectern",
@@ -43,6 +46,11 @@ class Settings(BaseSettings):
         default=None, description="Extra Chinese-English glossary file for retrieval."
     )
 
+    trusted_networks: str = Field(
+        default="127.0.0.0/8,::1/128",
+        description="Where our own web server and Prometheus run: their X-Forwarded-For counts, "
+        "and /metrics answers them.",
+    )
     session_hours: Positive = Field(default=168, description="Life of a login.")
     daily_tokens: Positive = Field(
         default=2_000_000,
@@ -83,6 +91,23 @@ class Settings(BaseSettings):
     def _upstream_is_http(cls, value: str) -> str:
         _HTTP_URL.validate_python(value)
         return value.rstrip("/").removesuffix("/v1")
+
+    @field_validator("trusted_networks")
+    @classmethod
+    def _networks(cls, value: str) -> str:
+        for part in value.split(","):
+            ip_network(part.strip())
+        return value
+
+    def trusts(self, host: str) -> bool:
+        """Whether `host`, the address of a peer, is one of ours."""
+        try:
+            address = ip_address(host)
+        except ValueError:
+            return False
+        if isinstance(address, IPv6Address) and address.ipv4_mapped:
+            address = address.ipv4_mapped
+        return any(address in ip_network(part.strip()) for part in self.trusted_networks.split(","))
 
     @property
     def database(self) -> str:

@@ -1,4 +1,7 @@
-"""Back-off after failed logins, per account name and per address.
+"""Back-off after failed logins, per account name and address, alone and together.
+
+Whoever guesses at an account from one address soon waits long there. The account as a whole waits
+briefly and only after more failures, so that nobody can lock another person out for long.
 
 An attempt is counted as failed before the password is checked and forgiven when it was right, so
 that many attempts at the same moment cannot all slip in before the first failure is written.
@@ -27,11 +30,12 @@ class _Rule:
     longest: int  # seconds
 
 
-_ACCOUNT = _Rule(free=5, longest=900)
+_PAIR = _Rule(free=5, longest=900)
+_ACCOUNT = _Rule(free=25, longest=30)
 _ADDRESS = _Rule(free=50, longest=60)
 
 
-def wait_seconds(failures: int, rule: _Rule = _ACCOUNT) -> int:
+def wait_seconds(failures: int, rule: _Rule = _PAIR) -> int:
     """Seconds to wait after this many failures: 0, then 1, 2, 4, ... up to the rule's longest."""
     over = failures - rule.free
     if over <= 0:
@@ -39,20 +43,24 @@ def wait_seconds(failures: int, rule: _Rule = _ACCOUNT) -> int:
     return rule.longest if over > 16 else min(rule.longest, int(2 ** (over - 1)))
 
 
-def _subject(kind: str, value: str) -> str:
-    digest = hashlib.sha256(value.casefold().encode()).hexdigest()
-    return f"{kind}:{digest}"
+def _hash(value: str) -> str:
+    return hashlib.sha256(value.casefold().encode()).hexdigest()[:32]
+
+
+def _subject(kind: str, *values: str) -> str:
+    return ":".join((kind, *map(_hash, values)))
 
 
 def begin_attempt(database: Database, username: str, address: str) -> None:
     """Count an attempt; raises ApiError 429 with Retry-After while the account or address waits."""
     now = utcnow()
     with database.write() as session:
-        for kind, value, rule in (
-            ("account", username, _ACCOUNT),
-            ("address", address, _ADDRESS),
+        for subject, rule in (
+            (_subject("pair", username, address), _PAIR),
+            (_subject("account", username), _ACCOUNT),
+            (_subject("address", address), _ADDRESS),
         ):
-            _count(session, database.is_sqlite, _subject(kind, value), rule, now)
+            _count(session, database.is_sqlite, subject, rule, now)
         session.execute(delete(LoginFailure).where(LoginFailure.last_at < now - _FORGET_AFTER))
 
 
@@ -81,12 +89,22 @@ def _count(session: Session, is_sqlite: bool, subject: str, rule: _Rule, now: da
 
 
 def forgive(session: Session, username: str, address: str) -> None:
-    """The password was right: the account starts fresh, the address gets this attempt back."""
-    session.execute(
-        delete(LoginFailure).where(LoginFailure.subject == _subject("account", username))
-    )
+    """The password was right: the account starts fresh here, the address gets this attempt back.
+
+    Failures of other addresses stay counted there.
+    """
+    subjects = (_subject("account", username), _subject("pair", username, address))
+    session.execute(delete(LoginFailure).where(LoginFailure.subject.in_(subjects)))
     session.execute(
         update(LoginFailure)
         .where(LoginFailure.subject == _subject("address", address), LoginFailure.failures > 0)
         .values(failures=LoginFailure.failures - 1, blocked_until=None)
+    )
+
+
+def forgive_account(session: Session, username: str) -> None:
+    """An administrator gave a new password: whatever failed before counts no longer."""
+    pairs = LoginFailure.subject.startswith(_subject("pair", username))
+    session.execute(
+        delete(LoginFailure).where(pairs | (LoginFailure.subject == _subject("account", username)))
     )

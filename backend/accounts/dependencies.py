@@ -8,21 +8,26 @@ from backend.accounts import sessions
 from backend.accounts.models import User
 from backend.context import ContextDep
 from backend.errors import ApiError
-
-_LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
-
-
-def is_loopback(request: Request) -> bool:
-    return request.client is not None and request.client.host in _LOOPBACK
+from backend.settings import Settings
 
 
-def client_address(request: Request) -> str:
-    """The caller's address; X-Forwarded-For counts only from loopback, its last entry."""
-    peer = request.client.host if request.client else "unknown"
+def _peer(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def is_neighbour(request: Request, settings: Settings) -> bool:
+    """Whether a program of ours asks (by default: of this machine), not a proxy for others."""
+    proxied = "x-forwarded-for" in request.headers or "forwarded" in request.headers
+    return not proxied and settings.trusts(_peer(request))
+
+
+def client_address(request: Request, settings: Settings) -> str:
+    """The caller's address; of X-Forwarded-For, from a neighbour alone, the last entry."""
+    peer = _peer(request)
     forwarded = request.headers.get("x-forwarded-for", "")
-    if peer in _LOOPBACK and forwarded.strip():
+    if forwarded.strip() and settings.trusts(peer):
         return forwarded.rsplit(",", 1)[-1].strip()[:64]
-    return peer
+    return peer or "unknown"
 
 
 def session_token(request: Request) -> str | None:

@@ -26,6 +26,7 @@ from backend.accounts.schemas import (
 from backend.context import ContextDep
 from backend.courses.service import courses_of
 from backend.errors import ApiError
+from backend.ids import RowId
 
 router = APIRouter(prefix="/api", tags=["accounts"])
 
@@ -45,7 +46,7 @@ def login(body: LoginIn, request: Request, context: ContextDep) -> LoginOut:
             context.settings,
             body.username,
             body.password,
-            client_address(request),
+            client_address(request, context.settings),
         )
     except ApiError:
         context.metrics.login_failures.inc()
@@ -71,7 +72,7 @@ def change_password(
         user,
         body.current_password,
         body.new_password,
-        client_address(request),
+        client_address(request, context.settings),
     )
     return _login_out(done)
 
@@ -105,14 +106,14 @@ def create_user(body: UserIn, _: Administrator, context: ContextDep) -> UserCrea
 
 
 @router.post("/users/{user_id}/reset")
-def reset_password(user_id: int, _: Administrator, context: ContextDep) -> OneTimePassword:
+def reset_password(user_id: RowId, _: Administrator, context: ContextDep) -> OneTimePassword:
     password = service.reset_password(context.database, context.passwords, user_id)
     return OneTimePassword(one_time_password=password)
 
 
 @router.patch("/users/{user_id}")
 async def change_user(
-    user_id: int, body: UserChange, _: Administrator, context: ContextDep
+    user_id: RowId, body: UserChange, _: Administrator, context: ContextDep
 ) -> UserAdminOut:
     user = await context.database.run(service.change_user, context.database, user_id, body)
     if not user.active:

@@ -69,13 +69,16 @@ def change_password(
     address: str,
 ) -> Login:
     """Set a new password; every session of the user ends and one new one begins."""
+    # What is no guess at the password costs no attempt.
+    check_strength(new, user.username)
     backoff.begin_attempt(database, user.username, address)
     if not passwords.verify(user.password_hash, current):
         raise ApiError(
             400, "wrong_password", "The current password is wrong.", param="current_password"
         )
-    check_strength(new, user.username)
-    if passwords.verify(user.password_hash, new):
+    if new == current:
+        with database.write() as session:
+            backoff.forgive(session, user.username, address)
         raise ApiError(
             400,
             "weak_password",
@@ -139,6 +142,7 @@ def reset_password(database: Database, passwords: Passwords, user_id: int) -> st
         user.password_hash = hashed
         user.must_change_password = True
         sessions.end_all(session, user_id)
+        backoff.forgive_account(session, user.username)
     return password
 
 

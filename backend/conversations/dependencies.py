@@ -12,6 +12,7 @@ from backend.conversations.models import Conversation
 from backend.courses.models import Course
 from backend.courses.service import course_for
 from backend.errors import not_found
+from backend.ids import RowId
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class OwnConversation:
 
 
 def own_conversation(
-    conversation_id: int, user: CurrentUser, context: ContextDep
+    conversation_id: RowId, user: CurrentUser, context: ContextDep
 ) -> OwnConversation:
     with context.database.read() as session:
         conversation = session.get(Conversation, conversation_id)

@@ -11,6 +11,7 @@ from backend.context import ContextDep
 from backend.courses.models import Course
 from backend.courses.service import course_for
 from backend.errors import ApiError, not_found
+from backend.ids import RowId
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Membership:
     role: str
 
 
-def course_member(course_id: int, user: CurrentUser, context: ContextDep) -> Membership:
+def course_member(course_id: RowId, user: CurrentUser, context: ContextDep) -> Membership:
     with context.database.read() as session:
         found = course_for(session, user, course_id)
     if found is None:

@@ -10,6 +10,7 @@ from backend.context import ContextDep
 from backend.courses import service
 from backend.courses.dependencies import CourseTeacher
 from backend.courses.schemas import CourseIn, CourseOut, CourseRole, MemberIn, MemberOut
+from backend.ids import RowId
 
 router = APIRouter(prefix="/api/courses", tags=["courses"])
 
@@ -51,6 +52,6 @@ def add_member(body: MemberIn, teacher: CourseTeacher, context: ContextDep) -> M
 
 
 @router.delete("/{course_id}/members/{user_id}", status_code=204)
-def remove_member(user_id: int, teacher: CourseTeacher, context: ContextDep) -> Response:
+def remove_member(user_id: RowId, teacher: CourseTeacher, context: ContextDep) -> Response:
     service.remove_member(context.database, teacher.course.id, user_id)
     return Response(status_code=204)

@@ -5,6 +5,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from backend.accounts.models import User
+from backend.accounts.service import find
 from backend.courses.models import Course, Enrolment
 from backend.database import Database
 from backend.errors import ApiError, not_found
@@ -76,10 +77,8 @@ def members(database: Database, course_id: int) -> list[tuple[User, str]]:
 def enrol(database: Database, course_id: int, username: str, role: str) -> User:
     """Add a member or change the role of one; only teachers' accounts can teach."""
     with database.write() as session:
-        user = session.execute(
-            select(User).where(User.username == username, User.active.is_(True))
-        ).scalar_one_or_none()
-        if user is None:
+        user = find(session, username)
+        if user is None or not user.active:
             raise ApiError(
                 404, "not_found", f"There is no active user called {username}.", param="username"
             )

@@ -8,9 +8,10 @@ from backend.context import ContextDep
 from backend.courses.dependencies import Member
 from backend.documents import service
 from backend.documents.models import Document
+from backend.ids import RowId
 
 
-def course_document(document_id: int, member: Member, context: ContextDep) -> Document:
+def course_document(document_id: RowId, member: Member, context: ContextDep) -> Document:
     return service.get(context.database, member.course.id, document_id)
 
 

@@ -9,6 +9,7 @@ from backend.courses.dependencies import CourseTeacher, Member
 from backend.documents import service
 from backend.documents.dependencies import CourseDocument
 from backend.documents.schemas import DocumentOut, DocumentText, PassageInPlace, SearchOut
+from backend.ids import RowId
 
 router = APIRouter(prefix="/api/courses/{course_id}", tags=["documents"])
 
@@ -70,5 +71,5 @@ async def search(
 
 
 @router.get("/passages/{passage_id}")
-def passage(passage_id: int, member: Member, context: ContextDep) -> PassageInPlace:
+def passage(passage_id: RowId, member: Member, context: ContextDep) -> PassageInPlace:
     return service.passage_in_place(context.database, context.storage, member.course.id, passage_id)

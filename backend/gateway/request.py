@@ -8,7 +8,7 @@ import msgspec
 from backend.errors import ApiError
 from backend.upstream import ModelInfo
 
-# Chosen by the platform, never by a client: the salt keeps courses out of each other's cache.
+# Chosen by the platform, never by a client: the salt keeps people out of each other's cache.
 _PLATFORM_FIELDS = ("cache_salt",)
 _DEFAULT_ANSWER = 4096
 
@@ -28,8 +28,14 @@ class ModelRequest:
         return self.prompt_bound + self.answer_bound
 
 
-def read_request(raw: bytes, model: ModelInfo | None, context_tokens: int) -> ModelRequest:
-    """Decode and prepare a request; raises ApiError 400 with the field at fault."""
+def read_request(
+    raw: bytes, model: ModelInfo | None, context_tokens: int, salt: str = ""
+) -> ModelRequest:
+    """Decode and prepare a request; raises ApiError 400 with the field at fault.
+
+    `salt` starts the prefix-cache hash of an engine that knows salts, so that nobody can find out
+    from `cached_tokens` what others have asked.
+    """
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -45,13 +51,16 @@ def read_request(raw: bytes, model: ModelInfo | None, context_tokens: int) -> Mo
     wants_usage = bool((options or {}).get("include_usage"))
     for field in _PLATFORM_FIELDS:
         body.pop(field, None)
+    if model is not None and model.is_lectern and salt:
+        body["cache_salt"] = salt
     if stream:
         body["stream_options"] = {**(options or {}), "include_usage": True}
     context = model.max_model_len if model and model.max_model_len else None
     bound, guess = _prompt_size(body)
+    prompts = bound_of_prompts(body)
     if context is not None:
-        bound, guess = min(bound, context), min(guess, context)
-    answers = _count(body, "n", 1) * max(1, bound_of_prompts(body))
+        bound, guess = min(bound, context * prompts), min(guess, context * prompts)
+    answers = _count(body, "n", 1) * prompts
     answer = _answer_limit(body, context or context_tokens)
     return ModelRequest(
         body=msgspec.json.encode(body),
@@ -78,10 +87,10 @@ def _count(body: dict[str, Any], field: str, default: int) -> int:
 
 
 def _answer_limit(body: dict[str, Any], context: int) -> int:
-    for field in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        if body.get(field) is not None:
-            return min(_count(body, field, 0), max(context, _DEFAULT_ANSWER))
-    return context
+    """The largest limit named: which of several a model server heeds is its own affair."""
+    fields = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    named = [_count(body, field, 0) for field in fields if body.get(field) is not None]
+    return min(max(named), max(context, _DEFAULT_ANSWER)) if named else context
 
 
 def bound_of_prompts(body: dict[str, Any]) -> int:

@@ -71,7 +71,7 @@ async def call(request: Request, owner: KeyOwnerDep, context: ContextDep) -> Res
     left = context.requests.take(owner.user_id)
     raw = await request.body()
     model = await context.upstream.model()
-    prepared = read_request(raw, model, context.settings.context_tokens)
+    prepared = read_request(raw, model, context.settings.context_tokens, f"user-{owner.user_id}")
     caller = Caller(owner.user_id, "gateway", key_id=owner.key_id)
     meter = await context.ledger.open(caller, prepared.reservation)
     headers = ratelimit_headers(

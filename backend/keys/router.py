@@ -4,6 +4,7 @@ from fastapi import APIRouter, Response
 
 from backend.accounts.dependencies import CurrentUser
 from backend.context import ContextDep
+from backend.ids import RowId
 from backend.keys import service
 from backend.keys.models import ApiKey
 from backend.keys.schemas import KeyCreated, KeyIn, KeyOut
@@ -36,7 +37,7 @@ def create_key(body: KeyIn, user: CurrentUser, context: ContextDep) -> KeyCreate
 
 
 @router.delete("/{key_id}", status_code=204)
-async def revoke_key(key_id: int, user: CurrentUser, context: ContextDep) -> Response:
+async def revoke_key(key_id: RowId, user: CurrentUser, context: ContextDep) -> Response:
     await context.database.run(service.revoke, context.database, user.id, key_id)
     context.keys.forget()
     context.streams.stop_key(key_id)

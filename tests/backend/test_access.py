@@ -246,3 +246,49 @@ def test_errors_have_one_shape(world: World) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert answer.headers["x-request-id"]
     assert answers[2].json()["error"]["param"] == "name"
+
+
+def test_numbers_no_row_can_have_are_not_found(world: World) -> None:
+    client = world.client("admin")
+    for number in (10**30, 2**63, 2**31, 0, -1):
+        for path in (
+            f"/api/courses/{number}/documents",
+            f"/api/courses/{world.course.id}/documents/{number}",
+            f"/api/courses/{world.course.id}/passages/{number}",
+            f"/api/conversations/{number}",
+        ):
+            assert client.get(path).status_code == 404, path
+        assert client.delete(f"/api/keys/{number}").status_code == 404
+        assert client.post(f"/api/users/{number}/reset").status_code == 404
+        members = f"/api/courses/{world.course.id}/members/{number}"
+        assert client.delete(members).status_code == 404
+
+
+def test_a_body_that_is_no_json_is_named_so(world: World) -> None:
+    headers = {"content-type": "application/json"}
+    answer = world.client().post("/api/auth/login", content=b'{"username":', headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_json"
+    assert answer.json()["error"]["param"] is None
+
+
+def test_metrics_are_for_neighbours_alone(world: World) -> None:
+    client = world.client()
+    assert client.get("/metrics").status_code == 200
+    proxied = client.get("/metrics", headers={"x-forwarded-for": "203.0.113.5"})
+    assert proxied.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("172.18.0.4", False),
+        ("testclient", False),
+    ],
+)
+def test_who_is_trusted(host: str, trusted: bool) -> None:
+    assert Settings().trusts(host) is trusted
+    assert Settings(trusted_networks="172.16.0.0/12").trusts("172.18.0.4")

@@ -1,5 +1,6 @@
 """Login, sessions, passwords, back-off, users."""
 
+import contextlib
 import time
 from collections import Counter
 
@@ -191,6 +192,45 @@ def test_address_comes_from_forwarded_header_of_the_web_server(world: World) -> 
 def test_wait_doubles_up_to_its_bound() -> None:
     assert [wait_seconds(n) for n in range(4, 9)] == [0, 0, 1, 2, 4]
     assert wait_seconds(50) == wait_seconds(1000) == 900
+
+
+def _fail(database: Database, times: int, address: str) -> None:
+    for _ in range(times):
+        with contextlib.suppress(ApiError):
+            backoff.begin_attempt(database, "student", address)
+
+
+def test_nobody_can_lock_another_person_out_for_long(database: Database) -> None:
+    _fail(database, 30, "203.0.113.66")
+    backoff.begin_attempt(database, "student", "203.0.113.1")  # the student's own address
+
+
+def test_guesses_from_many_addresses_are_slowed_down(database: Database) -> None:
+    for number in range(9):
+        _fail(database, 3, f"203.0.113.{number}")
+    with pytest.raises(ApiError) as caught:
+        backoff.begin_attempt(database, "student", "203.0.113.99")
+    assert int(caught.value.headers["Retry-After"]) <= 30
+
+
+def test_a_reset_ends_the_wait(world: World) -> None:
+    client = world.client()
+    for _ in range(7):
+        answer = login(client, "student", "wrong password")
+    assert answer.status_code == 429
+    path = f"/api/users/{world.users['student'].id}/reset"
+    password = world.client("admin").post(path).json()["one_time_password"]
+    assert login(client, "student", password).status_code == 200
+
+
+def test_weak_new_passwords_are_no_guesses(world: World) -> None:
+    client = world.client("student")
+    for new in ("short", PASSWORD):
+        for _ in range(8):
+            body = {"current_password": PASSWORD, "new_password": new}
+            assert client.post("/api/auth/password", json=body).status_code == 400
+    body = {"current_password": PASSWORD, "new_password": "another horse battery"}
+    assert client.post("/api/auth/password", json=body).status_code == 200
 
 
 def test_attempts_at_the_same_moment_are_all_counted(database: Database) -> None:

@@ -100,7 +100,7 @@ def test_nothing_of_the_client_reaches_the_engine_but_its_body(
     assert not [name for name in seen if name.startswith("x-lectern")]
     assert "authorization" not in seen
     assert seen["x-request-id"] == "my-request-0001"
-    assert "cache_salt" not in fake.bodies[-1]
+    assert fake.bodies[-1]["cache_salt"] == f"user-{world.users['student'].id}"
     assert fake.bodies[-1]["top_k"] == 3
 
 

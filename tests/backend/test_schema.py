@@ -4,9 +4,10 @@ import alembic.command
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import inspect, select, text
 
 from backend import schema
+from backend.courses.models import Course
 from backend.database import Database
 from backend.errors import StartupError
 from backend.settings import Settings
@@ -79,3 +80,11 @@ def test_nested_writes_are_a_fault_and_not_a_deadlock(database: Database) -> Non
         pass
     with database.write():
         pass
+
+
+def test_nul_can_be_stored_everywhere(database: Database) -> None:
+    with database.write() as session:
+        session.add(Course(slug="nul", name="a\0b"))
+    with database.read() as session:
+        name = session.execute(select(Course.name).where(Course.slug == "nul")).scalar_one()
+    assert name in ("a\0b", "a\ufffdb")

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from sqlalchemy import text
+from sqlalchemy.exc import DatabaseError
 
 from backend import logs
+from backend.database import Database
 from tests.backend.upstream import FakeUpstream
 from tests.backend.world import PASSWORD, World
 
@@ -74,3 +77,10 @@ def test_fields_that_sound_secret_are_hidden(logged: io.StringIO) -> None:
     assert "hunter2" not in logged.getvalue()
     assert "sk-1" not in logged.getvalue()
     assert "said" in logged.getvalue()
+
+
+def test_a_failed_statement_does_not_log_its_values(database: Database) -> None:
+    statement = text("INSERT INTO nowhere VALUES (:question)")
+    with database.read() as session, pytest.raises(DatabaseError) as caught:
+        session.execute(statement, {"question": "my private question"})
+    assert "my private question" not in str(caught.value)

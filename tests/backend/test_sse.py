@@ -139,3 +139,21 @@ def test_upstream_errors_without_an_error_object_get_one() -> None:
     assert (passed.code, passed.message) == ("context_length_exceeded", "too long")
     # A key that the model server refuses is not the student's fault.
     assert error_of(401, b"{}").status == 502
+
+
+def test_many_prompts_reserve_for_each() -> None:
+    body = {"model": "demo", "prompt": [[1] * 1000] * 10, "max_tokens": 1}
+    assert read_request(json.dumps(body).encode(), MODEL, 4096).prompt_bound >= 10_000
+
+
+def test_the_largest_of_several_limits_is_reserved() -> None:
+    body = {"model": "demo", "prompt": "x", "max_completion_tokens": 1, "max_tokens": 500}
+    assert read_request(json.dumps(body).encode(), MODEL, 4096).answer_bound == 500
+
+
+def test_people_do_not_share_a_prefix_cache() -> None:
+    raw = json.dumps({"model": "demo", "prompt": "x"}).encode()
+    sent = json.loads(read_request(raw, MODEL, 4096, "user-7").body)
+    assert sent["cache_salt"] == "user-7"
+    other = ModelInfo("demo", 2048, False, True, is_lectern=False)
+    assert "cache_salt" not in json.loads(read_request(raw, other, 4096, "user-7").body)
