@@ -53,6 +53,13 @@ CudaGraphs = Annotated[
     bool,
     typer.Option("--cuda-graphs/--no-cuda-graphs", help="Record small steps on a GPU at start."),
 ]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="classic fills every micro-batch; steady lets prompts ride along with decodes in "
+        "small pieces while few wait."
+    ),
+]
 PageSize = Annotated[int, typer.Option(help="Tokens in one KV page, a power of two.")]
 Seed = Annotated[
     int, typer.Option(help="Seed of random weights (--load-format dummy); requests have their own.")
@@ -93,6 +100,7 @@ def serve(
     device: Device = "auto",
     gpu_memory_utilization: GpuMemory = 0.9,
     cuda_graphs: CudaGraphs = True,
+    schedule_policy: Policy = "classic",
     page_size: PageSize = 16,
     enable_prefix_caching: Annotated[
         bool,
@@ -128,6 +136,7 @@ def serve(
             device=device,
             gpu_memory_utilization=gpu_memory_utilization,
             cuda_graphs=cuda_graphs,
+            schedule_policy=schedule_policy,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
             threads=threads or None,

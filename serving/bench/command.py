@@ -82,6 +82,10 @@ def bench(
         bool,
         typer.Option("--cuda-graphs/--no-cuda-graphs", help="Record small steps on a GPU."),
     ] = True,
+    schedule_policy: Annotated[
+        str,
+        typer.Option(help="classic fills every micro-batch; steady takes prompts in small pieces."),
+    ] = "classic",
     page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
     threads: Annotated[
         int, typer.Option(help="Compute threads of each stage; 0: the cores are shared out.")
@@ -128,6 +132,7 @@ def bench(
             "device": device,
             "gpu_memory_utilization": gpu_memory_utilization,
             "cuda_graphs": cuda_graphs,
+            "schedule_policy": schedule_policy,
             "threads": threads or None,
         },
     )

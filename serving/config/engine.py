@@ -40,7 +40,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     enable_prefix_caching: bool = True
     cache_eviction: Literal["lru", "fifo"] = "lru"
     order: Literal["fcfs"] = "fcfs"
-    schedule_policy: Literal["classic"] = "classic"
+    schedule_policy: Literal["classic", "steady"] = "classic"
     served_model_name: str | None = None
     seed: int = 0
     layer_layout: list[int] | None = None
@@ -57,7 +57,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         _check_choice(self.load_format, ("auto", "dummy"), "--load-format")
         _check_choice(self.cache_eviction, ("lru", "fifo"), "--cache-eviction")
         _check_choice(self.order, ("fcfs",), "--order")
-        _check_choice(self.schedule_policy, ("classic",), "--schedule-policy")
+        _check_choice(self.schedule_policy, ("classic", "steady"), "--schedule-policy")
         _check_int(self.page_size, 1, 1024, "--page-size")
         if self.page_size & (self.page_size - 1):
             raise ConfigError(

@@ -62,6 +62,31 @@ class Classic(Throttle):
         return Budget(decodes, self._max_tokens - decodes)
 
 
+class Steady(Throttle):
+    """Decodes go first; prompt tokens ride along in small pieces while few of them wait.
+
+    A micro-batch of up to about 256 tokens takes little longer than its decodes alone where
+    reading the weights decides, so its prompt tokens come almost free. A share of 1/8 of what
+    waits (the rule of token throttling, gLLM, 2025) makes the pieces larger as a queue grows.
+    """
+
+    cheap = 256
+    share = 8
+    least = 64
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+
+    def budget(self, load: Load) -> Budget:
+        decodes = min(load.ready, even_share(load), self._max_tokens)
+        left = self._max_tokens - decodes
+        if not decodes:
+            return Budget(0, left)
+        wanted = max(load.waiting_tokens // self.share, self.cheap - decodes, self.least)
+        return Budget(decodes, min(left, wanted))
+
+
 def make_throttle(name: str, max_tokens: int) -> Throttle:
     """The throttle of this name, one of the choices of `EngineConfig.schedule_policy`."""
-    return {"classic": Classic}[name](max_tokens)
+    throttles: dict[str, type[Classic] | type[Steady]] = {"classic": Classic, "steady": Steady}
+    return throttles[name](max_tokens)

@@ -242,7 +242,10 @@ class GpuStage:
         shape = self._tile_shape(int(rows.context_lens.max()))
         if recorded is None and shape is not self._short_tile:
             tiles = self._tiles(rows, shape)
-        room = self._room(decodes) if recorded is None else recorded.shares
+        # No more shares than its own decodes fill: each costs a merge.
+        room = self._room(decodes)
+        if recorded is not None:
+            room = min(room, recorded.shares)
         shares, part_starts = self._kernels.decode_shares(rows.context_lens[:decodes], room)
         size = recorded or Size(tokens, sequences, len(shares), len(tiles))
         return size, Cut(shares, part_starts, tiles), recorded is not None
