@@ -167,14 +167,25 @@ def worker() -> None:
         lease_seconds=settings.job_lease_seconds,
         attempts=settings.job_attempts,
     )
-    thread = threading.Thread(target=running.run, args=(stop,), name="worker", daemon=True)
+    crashed = threading.Event()
+
+    def work() -> None:
+        try:
+            running.run(stop)
+        except BaseException:
+            crashed.set()  # the supervisor starts another worker; this one would only sit there
+            raise
+        finally:
+            stop.set()
+
+    thread = threading.Thread(target=work, name="worker", daemon=True)
     thread.start()
     stop.wait()
     # A short job is finished; a long one goes to the next worker.
     thread.join(timeout=_GRACE_SECONDS)
     if thread.is_alive():
         running.give_back()
-    os._exit(0)
+    os._exit(1 if crashed.is_set() else 0)
 
 
 @contextmanager

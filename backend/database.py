@@ -137,9 +137,7 @@ def _parse(url: str) -> URL:
 
 
 def _sqlite_engine(url: URL) -> Engine:
-    engine = create_engine(
-        url, pool_size=8, max_overflow=56, pool_timeout=30, hide_parameters=True
-    )
+    engine = create_engine(url, pool_size=8, max_overflow=56, pool_timeout=30, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: ConnectionPoolEntry) -> None:

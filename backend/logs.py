@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict
@@ -15,6 +16,25 @@ def _hide(_: Any, __: str, event: EventDict) -> EventDict:
         if any(word in name.lower() for word in _SECRET) and name != "event":
             event[name] = "hidden"
     return event
+
+
+class _Lenient:
+    """A stream whose full disk or closed pipe costs the line and nothing else.
+
+    Otherwise the line about a full disk would itself fail, in the middle of telling people.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self._stream.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def configure(level: int = logging.INFO) -> None:
@@ -35,7 +55,7 @@ def configure(level: int = logging.INFO) -> None:
     structlog.configure(
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Lenient(sys.stderr))),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")

@@ -106,9 +106,9 @@ class _Writer:
         except Exception as error:
             # The database itself failed (a full disk): the readers are told all the same, and the
             # next start of the backend marks the message.
-            log.exception("an answer could not be stored", message=self._answer.message_id)
             problem = from_exception(error)
             self._answer.close("error", problem.body())
+            log.exception("an answer could not be stored", message=self._answer.message_id)
 
     async def _write(self) -> str:
         context = self._context

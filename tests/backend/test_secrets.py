@@ -84,3 +84,16 @@ def test_a_failed_statement_does_not_log_its_values(database: Database) -> None:
     with database.read() as session, pytest.raises(DatabaseError) as caught:
         session.execute(statement, {"question": "my private question"})
     assert "my private question" not in str(caught.value)
+
+
+def test_a_full_disk_costs_a_log_line_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    logs.configure()
+    try:
+        structlog.get_logger("x").error("the disk is full")
+    finally:
+        structlog.reset_defaults()
