@@ -18,6 +18,7 @@ from backend.errors import DISK_FULL, StartupError, is_disk_full
 from backend.settings import Settings
 
 SAMPLE_SLUG = "compilers"
+_SHARED = frozenset(map(Path, ("/", "/tmp", "/var/tmp", "/home", "/root", "/var", "/etc", "/usr")))
 _FIRST: tuple[tuple[str, str, Role], ...] = (
     ("admin", "Administrator", "administrator"),
     ("teacher", "Teacher", "teacher"),
@@ -34,6 +35,11 @@ class Prepared:
 def make_home(home: Path) -> None:
     """Create the state directory for this user only; raises StartupError when that fails."""
     os.umask(0o077)
+    # The folder is closed to everybody else, which must not happen to a shared one.
+    if home in _SHARED:
+        raise StartupError(
+            f"{home} holds more than Lectern's state. Set LECTERN_HOME to a directory inside it."
+        )
     try:
         for folder in (home, home / "documents", home / "index", home / "logs", home / "run"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

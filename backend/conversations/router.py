@@ -1,6 +1,7 @@
 """Conversations of a user in a course, and the stream of an answer."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
@@ -78,7 +79,9 @@ async def ask(body: MessageIn, own: Own, context: ContextDep) -> StreamingRespon
     if not await database.run(has_budget, database, own.user.id, daily):
         context.metrics.quota_refusals.inc()
         raise over_budget()
-    message_id = await database.run(service.ask, database, own.conversation.id, question)
+    running = context.answers.get(own.conversation.id) is not None
+    store = partial(service.ask, database, own.conversation.id, question, running=running)
+    message_id = await database.run(store)
     answer = context.answers.start(
         context, own.course, own.user.id, own.conversation.id, question, message_id
     )
@@ -107,8 +110,8 @@ def _replay(message: Message) -> Answer:
     left_out = {"turns": message.left_out_turns, "passages": message.left_out_passages}
     answer.show_passages(list(message.passages), left_out)
     answer.write(message.content)
-    if message.state == "failed":
-        reason = message.error or service.INTERRUPTED
+    if message.state in ("failed", "streaming"):
+        reason = message.error or service.NOT_STORED
         answer.close(
             "error", {**error_body(502, "answer_failed", reason), "message_id": message.id}
         )

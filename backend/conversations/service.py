@@ -1,5 +1,6 @@
 """Conversations and messages in the database."""
 
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import delete, select, update
@@ -16,7 +17,11 @@ from backend.database import Database, utcnow
 from backend.errors import ApiError, not_found
 
 INTERRUPTED = "The server was restarted while this answer was written. Ask again."
+NOT_STORED = "This answer could not be stored. Ask again."
 _TITLE_LENGTH = 60
+# An answer that is stored as streaming but runs nowhere this long after its question was lost, for
+# instance because the disk was full when it ended.
+_LOST_AFTER = timedelta(seconds=10)
 
 
 def list_conversations(database: Database, course_id: int, user_id: int) -> list[Conversation]:
@@ -82,9 +87,14 @@ def title_from(question: str) -> str:
     return (cut[:space] if space > _TITLE_LENGTH // 2 else cut).rstrip() + "…"
 
 
-def ask(database: Database, conversation_id: int, question: str) -> int:
+def is_lost(message: Message) -> bool:
+    """Whether a message of a conversation without a running answer will never be finished."""
+    return message.state == "streaming" and utcnow() - message.created_at > _LOST_AFTER
+
+
+def ask(database: Database, conversation_id: int, question: str, *, running: bool) -> int:
     """Store question and empty answer; returns the answer's id. Raises ApiError 409 while an
-    answer is running."""
+    answer is running; `running` is whether this process is writing one."""
     with database.write() as session:
         # Locking the conversation makes two questions at once wait for each other on PostgreSQL.
         conversation = session.execute(
@@ -92,17 +102,19 @@ def ask(database: Database, conversation_id: int, question: str) -> int:
         ).scalar_one_or_none()
         if conversation is None:
             raise not_found("conversation")
-        running = session.execute(
-            select(Message.id).where(
+        for message in session.execute(
+            select(Message).where(
                 Message.conversation_id == conversation_id, Message.state == "streaming"
             )
-        ).first()
-        if running is not None:
-            raise ApiError(
-                409,
-                "answer_running",
-                "An answer is still being written in this conversation. Wait for it or stop it.",
-            )
+        ).scalars():
+            if running or not is_lost(message):
+                raise ApiError(
+                    409,
+                    "answer_running",
+                    "An answer is still being written in this conversation. Wait for it or stop "
+                    "it.",
+                )
+            message.state, message.error = "failed", NOT_STORED
         now = utcnow()
         if not conversation.title:
             conversation.title = title_from(question)
@@ -169,8 +181,11 @@ def message_out(message: Message) -> MessageOut:
 def with_messages(
     conversation: Conversation, found: list[Message], running_text: str | None
 ) -> ConversationWithMessages:
-    """`running_text` is newer than the slice of a running answer that is in the database."""
+    """`running_text` is newer than the slice of a running answer that is in the database; without
+    one nothing runs."""
     out = [message_out(message) for message in found]
+    if running_text is None and found and is_lost(found[-1]):
+        out[-1].state, out[-1].error = "failed", NOT_STORED
     if running_text is not None and out and out[-1].state == "streaming":
         out[-1].content = running_text
     return ConversationWithMessages(**conversation_out(conversation).model_dump(), messages=out)

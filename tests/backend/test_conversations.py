@@ -2,6 +2,7 @@
 
 import json
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import httpx2
@@ -275,7 +276,7 @@ def test_answers_of_a_killed_backend_are_failed_at_the_next_start(
     conversation = service.create(
         world.database, world.course.id, world.users["student"].id, "Killed"
     )
-    message = service.ask(world.database, conversation.id, "What was it?")
+    message = service.ask(world.database, conversation.id, "What was it?", running=False)
     service.write_answer(world.database, message, {"content": "It was"})
     with serve(create_app(world.settings, FakeRetrieval())):
         found = service.messages(world.database, conversation.id)[-1]
@@ -298,7 +299,7 @@ def test_questions_at_once_get_one_answer(database: Database, tmp_path: Path) ->
 
     def put(number: int) -> bool:
         try:
-            service.ask(database, conversation.id, f"question {number}")
+            service.ask(database, conversation.id, f"question {number}", running=False)
         except ApiError as error:
             return error.code != "answer_running"
         return True
@@ -322,3 +323,22 @@ def test_empty_questions_are_refused(world: World) -> None:
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "content"
     assert json.loads(client.get(path).text)["messages"] == []
+
+
+def test_an_answer_that_could_not_be_stored_blocks_nothing(
+    ready: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a full disk leaves behind: an answer that is streaming by its row and runs nowhere."""
+    client = ready.client("student")
+    path = start(ready, client)
+    number = int(path.rsplit("/", 1)[1])
+    service.ask(ready.database, number, "basic block", running=False)
+    with client.stream("POST", f"{path}/messages", json={"content": "x"}) as answer:
+        assert answer.status_code == 409  # it may be about to start
+    monkeypatch.setattr(service, "_LOST_AFTER", timedelta(0))
+    assert last(client, path)["state"] == "failed"
+    name, data = events(list(client.get(f"{path}/stream").iter_lines()))[-1]
+    assert (name, data["error"]["message"]) == ("error", service.NOT_STORED)
+    assert ask(client, path)[-1][0] == "done"
+    states = [message["state"] for message in client.get(path).json()["messages"]]
+    assert states == ["complete", "failed", "complete", "complete"]

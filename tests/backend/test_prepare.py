@@ -249,3 +249,10 @@ def test_ports_are_checked_before_anything_else() -> None:
             listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(StartupError, match="--host"):
         listen("no.such.host.invalid", 0)
+
+
+def test_shared_directories_are_left_alone() -> None:
+    mode = Path("/tmp").stat().st_mode
+    with pytest.raises(StartupError, match="directory inside it"):
+        make_home(Path("/tmp"))
+    assert Path("/tmp").stat().st_mode == mode
