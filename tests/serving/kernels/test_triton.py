@@ -7,6 +7,7 @@ import os
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,3 +64,22 @@ def test_rotary(kernels: ModuleType, heads: int, kv_heads: int, dim: int) -> Non
 
 def test_drawing(kernels: ModuleType) -> None:
     checks.check_draw(kernels, "cpu")
+
+
+def test_shares_cover_every_key_once(kernels: ModuleType) -> None:
+    source = np.random.default_rng(0)
+    for count, extra, longest in ((1, 1, 9000), (3, 99, 9000), (64, 99, 3000), (900, 450, 2000)):
+        lens = source.integers(1, longest, count).astype(np.int32)
+        shares, starts = kernels.decode_shares(lens, count + extra)
+        assert len(shares) <= count + extra
+        assert int(starts[-1]) == len(shares)
+        for sequence in range(count):
+            own = shares[shares[:, 0] == sequence]
+            own = own[own[:, 1].argsort()]
+            assert own[0, 1] == 0
+            assert own[-1, 2] == lens[sequence]
+            assert (own[1:, 1] == own[:-1, 2]).all()
+            assert (own[:, 2] > own[:, 1]).all()
+            first, last = starts[sequence : sequence + 2]
+            parts = [-1] if len(own) == 1 else list(range(first, last))
+            assert own[:, 3].tolist() == parts
