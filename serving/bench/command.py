@@ -63,7 +63,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     pipeline_parallel_size: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run at once.")] = 1024,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in one micro-batch.")] = 512,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens in one micro-batch; `lectern serve` takes 512.")
+    ] = 2048,
     max_model_len: Annotated[
         int,
         typer.Option(help="Context; 0: 12288 as the peer's, or what fixed loads need."),

@@ -79,6 +79,9 @@ class StageFields(ctypes.Structure):
         ("slots", _POINTER),
         ("cos_sin", _POINTER),
         ("workspace", _POINTER),
+        ("wanted", _POINTER),
+        ("num_wanted", _LONG),
+        ("result", _POINTER),
     ]
 
 

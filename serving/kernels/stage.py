@@ -70,11 +70,13 @@ class NativeStage:
         context_lens: Tensor,
         page_tables: Tensor,
         page_size: int,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """hidden: [T, H] -> [T, H], a new tensor; kv: one tensor a layer, written in place.
 
-        positions, slot_mapping: [T] int64; query_starts [S + 1], context_lens [S] and page_tables
-        [S, max_pages]: int32; cos_sin: [P, D] float32.
+        wanted: [R] int64, the rows to return; behind its attention the last layer then computes
+        only these, and the result is [R, H]. positions, slot_mapping: [T] int64; query_starts
+        [S + 1], context_lens [S] and page_tables [S, max_pages]: int32; cos_sin: [P, D] float32.
         """
         if len(kv) != len(self._kept):
             raise ValueError(f"{len(self._kept)} layers need as many KV tensors, not {len(kv)}")
@@ -85,6 +87,7 @@ class NativeStage:
         residual = hidden.clone(memory_format=torch.contiguous_format)
         if tokens == 0:
             return residual
+        result = residual if wanted is None else residual.new_empty(len(wanted), self._hidden)
         needed = self._library.lectern_stage_workspace(
             tokens, self._hidden, self._intermediate, self._heads, self._kv_heads, self._dim
         )
@@ -97,6 +100,9 @@ class NativeStage:
             context_lens.to(torch.int32).contiguous(),
             page_tables.to(torch.int32).contiguous(),
         ]
+        if wanted is not None:
+            # One element more than there may be: the address of nothing would mean all rows.
+            held.append(torch.cat((wanted.to(torch.int64), positions.new_zeros(1))))
         attention = AttentionFields(
             kv=None,
             page_tables=held[4].data_ptr(),
@@ -124,11 +130,14 @@ class NativeStage:
             slots=held[1].data_ptr(),
             cos_sin=cos_sin.data_ptr(),
             workspace=self._workspace.data_ptr(),
+            wanted=None if wanted is None else held[5].data_ptr(),
+            num_wanted=0 if wanted is None else len(wanted),
+            result=result.data_ptr(),
         )
         self._library.lectern_stage(
             ctypes.byref(call), ctypes.byref(attention), torch.get_num_threads()
         )
-        return residual
+        return result
 
 
 def native_stage(

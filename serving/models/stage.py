@@ -79,12 +79,19 @@ class StageModel:
         return self._whole is not None
 
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs, hidden: Tensor | None, kv: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        inputs: StepInputs,
+        hidden: Tensor | None,
+        kv: Sequence[Tensor],
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """One micro-batch through this stage's layers.
 
         hidden: [T, H] from the stage before, None on the first; kv: one tensor a layer of this
         stage, [pages, 2, page_size, kv_heads, head_dim], written in place. Returns [T, H] with
-        the residual already added. `hidden` is only read.
+        the residual already added, or of these only the rows `wanted` ([R] int64): where a stage
+        is the last one, the rows that get a token. `hidden` is only read.
         """
         if self.first:
             residual = self._embed(inputs.token_ids)
@@ -103,11 +110,13 @@ class StageModel:
                 context_lens=inputs.context_lens,
                 page_tables=inputs.page_tables,
                 page_size=inputs.page_size,
+                wanted=wanted,
             )
         delta: Tensor | None = None
         for layer, pages in zip(self._layers, kv, strict=True):
             delta, residual = layer(delta, residual, inputs, pages, self._cos_sin)
-        return residual if delta is None else residual + delta
+        out = residual if delta is None else residual + delta
+        return out if wanted is None else out[wanted]
 
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:

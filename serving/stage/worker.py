@@ -132,13 +132,18 @@ class StageWorker:
             return
         inputs = self._inputs.build(rows)
         hidden = self._receive(rows, inputs)
-        out = self._model.forward(inputs, hidden, self._kv)
         if self._stage == self._last:
-            self._finish(rows, out)
-        elif self._transport is not None:
-            before = self._transport.seconds_waited
-            self._transport.send_hidden(out)
-            self._clock.add("wait_link", self._transport.seconds_waited - before)
+            wanted = None
+            if len(rows.sampled_tokens) < len(rows.positions):
+                wanted = torch.from_numpy(rows.sampled_tokens).to(self._device)
+            self._finish(rows, self._model.forward(inputs, hidden, self._kv, wanted))
+            return
+        out = self._model.forward(inputs, hidden, self._kv)
+        if self._transport is None:
+            raise AssertionError("a stage before the last has a transport")
+        before = self._transport.seconds_waited
+        self._transport.send_hidden(out)
+        self._clock.add("wait_link", self._transport.seconds_waited - before)
 
     def _receive(self, rows: Rows, inputs: StepInputs) -> Tensor | None:
         """Activations of the stage before; on the first stage the sampled tokens instead."""
@@ -172,8 +177,6 @@ class StageWorker:
     def _sample(self, rows: Rows, hidden: Tensor) -> SampleOutput:
         if self._sampler is None:
             raise AssertionError("only the last stage samples")
-        if len(rows.sampled_tokens) < hidden.shape[0]:
-            hidden = hidden[torch.from_numpy(rows.sampled_tokens).to(self._device)]
         logits = self._model.logits(hidden)
         slots = rows.sampled_slots.tolist()
         return self._sampler.sample(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 # A first start makes the demo model and indexes the sample course, on whatever machine this is.
 START_SECONDS = 240
 ANSWER_MS = 120_000
+# The line below all notes of the welcome page.
+WELCOMED = "For a start"
 
 
 @dataclass
@@ -151,6 +154,15 @@ def test_a_student_asks_in_both_languages_and_opens_a_passage(
     _enter(page, product, "student")
     expect(page.get_by_text("The demo weights are untrained")).to_be_visible()
     expect(page.get_by_text("Compiler Construction").first).to_be_visible()
+
+    expect(page.get_by_text(WELCOMED)).to_be_visible()
+    indexing = page.get_by_text("documents are being indexed")
+    deadline = time.monotonic() + START_SECONDS
+    while indexing.count():
+        assert time.monotonic() < deadline, "the sample course was not indexed"
+        page.wait_for_timeout(2000)
+        page.reload()
+        expect(page.get_by_text(WELCOMED)).to_be_visible()
 
     ask(page, "为什么左递归的文法不能直接用递归下降的方法分析？")
     found = page.get_by_text(re.compile(r"\d+ passages? found"))

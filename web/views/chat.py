@@ -55,6 +55,7 @@ def render(viewer: Viewer) -> None:
         return
     conversations.show_title(viewer, conversation)
     _untrained_note(viewer)
+    _indexing_note(viewer, course)
     for message in messages:
         if message["state"] != "streaming":
             _show_message(viewer, course, message)
@@ -125,11 +126,22 @@ def _untrained_note(viewer: Viewer) -> None:
         st.warning(viewer.t("chat.no_model"), icon=":material/cloud_off:")
 
 
+def _indexing_note(viewer: Viewer, course: dict[str, Any]) -> None:
+    """Until all documents can be found, an answer may lack passages; people should know why."""
+    states = [document["state"] for document in viewer.api.documents(course["id"])]
+    ready = states.count("ready")
+    whole = len(states) - states.count("failed")
+    if ready < whole:
+        note = viewer.t("chat.indexing", ready=ready, whole=whole)
+        st.caption(f":blue-badge[:material/hourglass_top: {note}]")
+
+
 def _welcome(viewer: Viewer, course: dict[str, Any]) -> None:
     st.space("large")
     st.title(viewer.t("chat.welcome"), anchor=False)
     st.markdown(viewer.t("chat.welcome_body", course=f"**{as_text(as_name(course))}**"))
     _untrained_note(viewer)
+    _indexing_note(viewer, course)
     st.caption(viewer.t("chat.try"))
     for number in (1, 2, 3):
         suggestion = viewer.t(f"chat.suggestion_{number}")

@@ -24,6 +24,9 @@ struct StageCall {
   const int64_t *positions, *slots;  // [tokens]
   const float* cos_sin;              // [positions, head_dim]
   bf16* workspace;                   // stage_workspace() elements
+  const int64_t* wanted;             // [num_wanted] rows that the caller reads, or null: all
+  int64_t num_wanted;
+  bf16* result;                      // [num_wanted, hidden]; with null `wanted` read `residual`
 };
 
 inline long stage_workspace(long tokens, long hidden, long intermediate, long heads, long kv_heads,
@@ -115,14 +118,15 @@ inline void run_stage(Team& team, const StageCall& call, Attention a,
   bf16* x = call.workspace;
   bf16* y = x + tokens * widest;
   bf16* qkv = y + tokens * widest;
-  const Rows normed(x, tokens, call.hidden), attended(x, tokens, q_width);
-  const Rows gated(y, tokens, call.intermediate);
+  Rows normed(x, tokens, call.hidden), attended(x, tokens, q_width);
+  Rows gated(y, tokens, call.intermediate);
   std::vector<bf16> row(call.hidden);
   long first, last;
   team.share(tokens, first, last);
+  bf16* residual = call.residual;
   auto norm = [&](const bf16* weight) {
     for (long t = first; t < last; ++t) {
-      rms_norm_row(call.residual + t * call.hidden, weight, call.hidden, call.eps, row.data());
+      rms_norm_row(residual + t * call.hidden, weight, call.hidden, call.eps, row.data());
       normed.put_row(t, row.data());
     }
   };
@@ -147,10 +151,26 @@ inline void run_stage(Team& team, const StageCall& call, Attention a,
       std::memcpy(y + r * q_width + head * dim, values, dim * sizeof(bf16));
     });
     team.barrier();
-    for (long t = first; t < last; ++t) attended.put_row(t, y + t * q_width);
+    const int64_t* wanted = l + 1 == call.num_layers ? call.wanted : nullptr;
+    if (wanted) {
+      // Behind the last attention no row needs another one: only those that are read go on.
+      if (call.num_wanted == 0) return;
+      residual = call.result;
+      normed = Rows(x, call.num_wanted, call.hidden);
+      attended = Rows(x, call.num_wanted, q_width);
+      gated = Rows(y, call.num_wanted, call.intermediate);
+      team.share(call.num_wanted, first, last);
+    }
+    for (long t = first; t < last; ++t) {
+      const long from = wanted ? wanted[t] : t;
+      attended.put_row(t, y + from * q_width);
+      if (wanted)
+        std::memcpy(residual + t * call.hidden, call.residual + from * call.hidden,
+                    call.hidden * sizeof(bf16));
+    }
     team.barrier();
     multiply(team, attended, w.o, false, nullptr,
-             AddTo{call.residual, call.hidden, call.hidden, w.o_bias});
+             AddTo{residual, call.hidden, call.hidden, w.o_bias});
     team.barrier();
     norm(w.post_norm);
     team.barrier();
@@ -158,7 +178,7 @@ inline void run_stage(Team& team, const StageCall& call, Attention a,
     team.barrier();
     multiply(team, gated, w.down, false,
              l + 1 < call.num_layers ? &call.layers[l + 1].qkv : nullptr,
-             AddTo{call.residual, call.hidden, call.hidden, nullptr});
+             AddTo{residual, call.hidden, call.hidden, nullptr});
     team.barrier();
   }
 }

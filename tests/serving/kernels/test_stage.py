@@ -148,6 +148,22 @@ def test_stage(dim: int, bias: bool, normed: bool, window: int | None, threads: 
             page_size=PAGE,
         )
         assert torch.equal(hidden, before)
+        last = torch.tensor([end - 1 for end in step.starts[1:]])
+        for some in (last, last[:1], last[:0]):
+            part = stage(
+                hidden,
+                kv,
+                table,
+                positions=step.positions,
+                slot_mapping=step.slots,
+                query_starts=torch.tensor(step.starts, dtype=torch.int32),
+                context_lens=torch.tensor(step.lengths, dtype=torch.int32),
+                page_tables=step.tables,
+                page_size=PAGE,
+                wanted=some,
+            )
+            assert part.shape == (len(some), HIDDEN)
+            assert torch.allclose(part.float(), got[some].float(), rtol=0.02, atol=0.02)
         wanted = hidden.float()
         for layer, pages, w in zip(layers, wide, windows, strict=True):
             wanted = layer.plain(wanted, pages, table, step, w)
