@@ -21,7 +21,8 @@ from backend.usage.service import Caller, Cost
 from rag import citations
 
 log = structlog.get_logger("backend.answers")
-_SAVE_SECONDS = 1.0
+# A killed backend loses no more than what came in this time.
+_SAVE_SECONDS = 0.5
 _STOPPED = "stopped"
 _ENDED = "Your account was deactivated."
 
@@ -169,7 +170,7 @@ class _Writer:
     async def _read(self, response: httpx2.Response) -> str:
         splitter = EventSplitter()
         finish_reason: str | None = None
-        saved = time.monotonic()
+        saved = float("-inf")  # the first words are stored at once
         async for chunk in response.aiter_raw():
             for event in splitter.feed(chunk):
                 finish_reason = self._take(event) or finish_reason

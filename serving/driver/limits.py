@@ -30,7 +30,7 @@ def resolve_limits(config: EngineConfig, fitting_pages: int, context_length: int
         # Twice what all sequences can use at once leaves a full cache beside them.
         useful = 2 * config.max_num_seqs * -(-wanted_len // size)
         num_pages = min(fitting_pages, useful)
-        reason = "as --kv-memory allows" if fitting_pages < useful else "more would not be used"
+        reason = "as the KV memory allows" if fitting_pages < useful else "more would not be used"
     fitting_len = num_pages * size
     if fitting_len < 2:
         raise ConfigError(
