@@ -17,10 +17,13 @@ with `LECTERN_NATIVE=0`); everything else is plain torch (`reference.py`).
   per-head norms, done in the same pass.
 - `paged_attention(q [T, Hq, D], kv, *, query_starts, context_lens, page_tables, page_size, scale,
   sliding_window=None) -> [T, Hq, D]`: query_starts [S + 1] and context_lens [S] are the host lists.
+- `native_draw(logits [R, V], temperature [R], uniform [R]) -> tokens [R] | None`: inverse CDF
+  in one pass over the logits.
 - `native_stage(layers, ...) -> NativeStage | None`: a run of whole layers as one native call.
 """
 
 from serving.kernels.attention import paged_attention
+from serving.kernels.draw import native_draw
 from serving.kernels.library import native
 from serving.kernels.linear import PackedLinear, pack_linear
 from serving.kernels.stage import DecoderWeights, NativeStage, native_stage
@@ -37,6 +40,7 @@ __all__ = [
     "PackedLinear",
     "add_rms_norm",
     "native",
+    "native_draw",
     "native_stage",
     "pack_linear",
     "paged_attention",

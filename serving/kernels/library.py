@@ -111,6 +111,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
         None,
     ),
     "lectern_attention": ([_POINTER, _LONG, _POINTER, _POINTER, _INT], None),
+    "lectern_draw": ([_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT], None),
     "lectern_stage_workspace": ([_LONG] * 6, _LONG),
     "lectern_stage": ([_POINTER, _POINTER, _INT], None),
 }

@@ -37,7 +37,11 @@ class PackedLinear:
         return functional.linear(x, self._weight, self.bias)
 
     def float32(self, x: Tensor) -> Tensor:
-        """x: [M, K] -> [M, N] in float32, as a sampler wants its logits."""
+        """x: [M, K] -> [M, N] in float32, as a sampler wants its logits; valid until the next call.
+
+        The rows of a large vocabulary are some megabytes, which a fresh tensor would have to ask
+        of the system, page by page, at every step.
+        """
         return self(x).float()
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -56,6 +60,7 @@ class NativeLinear(PackedLinear):
     kind = "native"
 
     def _pack(self, weight: Tensor) -> Tensor:
+        self._wide = torch.empty(0, dtype=torch.float32)
         library = _library()
         n, k = self.out_features, self.in_features
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
@@ -67,18 +72,22 @@ class NativeLinear(PackedLinear):
         return packed
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x, torch.bfloat16)
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.bfloat16)
+        return self._product(x, out)
 
     def float32(self, x: Tensor) -> Tensor:
-        return self._product(x, torch.float32)
+        needed = x.numel() // self.in_features * self.out_features
+        if self._wide.numel() < needed:
+            self._wide = large_zeros([needed], torch.float32)
+        out = self._wide[:needed].view(*x.shape[:-1], self.out_features)
+        return self._product(x, out)
 
-    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _product(self, x: Tensor, out: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         if flat.dtype is not torch.bfloat16 or flat.device.type != "cpu":
             raise ValueError(f"this weight multiplies bfloat16 rows on the CPU, not {x.dtype}")
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         rows = flat.shape[0]
-        out = torch.empty(rows, self.out_features, dtype=dtype)
         if rows:
             workspace = torch.empty(rows * (self.in_features + 4), dtype=torch.bfloat16)
             _library().lectern_linear(
@@ -90,11 +99,11 @@ class NativeLinear(PackedLinear):
                 self.in_features,
                 None if self.bias is None else self.bias.data_ptr(),
                 out.data_ptr(),
-                int(dtype is torch.float32),
+                int(out.dtype is torch.float32),
                 workspace.data_ptr(),
                 torch.get_num_threads(),
             )
-        return out.view(*x.shape[:-1], self.out_features)
+        return out
 
     def rows(self, ids: Tensor) -> Tensor:
         wanted = ids.reshape(-1).to(torch.int64).contiguous()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.core import MAX_LOGPROBS, SamplingParams
+from serving.kernels import native_draw
 from serving.sampling.candidates import largest
 from serving.sampling.draw import draw
 from serving.sampling.filters import logit_floor
@@ -207,18 +208,30 @@ class Sampler:
     ) -> Tensor:
         """Rows that sample: filters where asked for, then the inverse CDF."""
         u = self._upload(uniforms(self._keys[rows], places))
-        warmth = self._temperature[rows]
-        temperature = self._upload(warmth)
-        scaled = logits if (warmth == 1.0).all() else logits / temperature.unsqueeze(1)
-        mass = torch.softmax(scaled, dim=-1)
+        temperature = self._upload(self._temperature[rows])
         filtered = (flags & _FILTER) > 0
         if filtered.all():
-            mass.mul_(logits >= self._floor(logits, mass, temperature, rows).unsqueeze(1))
-        elif filtered.any():
-            at = self._indices(filtered)
-            some, some_mass = logits[at], mass[at]
-            floor = self._floor(some, some_mass, temperature[at], rows[filtered])
-            mass[at] = some_mass.mul_(some >= floor.unsqueeze(1))
+            return self._draw_filtered(logits, temperature, u, rows)
+        if not filtered.any():
+            return self._draw_plain(logits, temperature, u)
+        # Each row takes the way it would take alone.
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        some, others = self._indices(filtered), self._indices(~filtered)
+        token_ids[some] = self._draw_filtered(
+            logits[some], temperature[some], u[some], rows[filtered]
+        )
+        token_ids[others] = self._draw_plain(logits[others], temperature[others], u[others])
+        return token_ids
+
+    def _draw_plain(self, logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+        drawn = native_draw(logits, temperature, u)
+        return draw(_mass(logits, temperature), u) if drawn is None else drawn
+
+    def _draw_filtered(
+        self, logits: Tensor, temperature: Tensor, u: Tensor, rows: NDArray[np.int64]
+    ) -> Tensor:
+        mass = _mass(logits, temperature)
+        mass.mul_(logits >= self._floor(logits, mass, temperature, rows).unsqueeze(1))
         return draw(mass, u)
 
     def _floor(
@@ -258,3 +271,8 @@ class Sampler:
             top_ids[at] = ids[:, :width]
             top_logprobs[at] = values[:, :width] - scale.unsqueeze(1)
         return SampleOutput(token_ids, logprobs, top_ids, top_logprobs)
+
+
+def _mass(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Probabilities [R, V] at each row's temperature [R], a new tensor."""
+    return torch.softmax(logits / temperature.unsqueeze(1), dim=-1)

@@ -1,6 +1,7 @@
 // The C interface of the native kernels. All tensors are contiguous unless a stride is given;
 // sizes count elements. Nothing here allocates tensors or keeps a pointer after it returns.
 
+#include "draw.h"
 #include "stage.h"
 
 using namespace lectern;
@@ -118,6 +119,29 @@ void lectern_stage(const StageCall* call, const Attention* attention, int thread
   const std::vector<AttentionTask> tasks = attention_tasks(*attention, threads);
   with_team(threads, static_cast<int>(5 * call->num_layers),
             [&](Team& team) { run_stage(team, *call, *attention, tasks); });
+}
+
+// logits [rows, vocab]; by: reciprocals of the temperatures; uniform in (0, 1).
+void lectern_draw(const float* logits, int64_t rows, int64_t vocab, const float* by,
+                  const double* uniform, int64_t* tokens, int threads) {
+  const long blocks = (vocab + kDrawBlock - 1) / kDrawBlock, parts = rows < threads ? 8 : 1;
+  std::vector<DrawBlock> sums(rows * blocks);
+  with_team(threads, 1, [&](Team& team) {
+    std::atomic<long>& shares = team.counter();
+    for (long i; (i = shares.fetch_add(1, std::memory_order_relaxed)) < rows * parts;) {
+      const long row = i / parts, part = i % parts;
+      for (long b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b)
+        sums[row * blocks + b] =
+            sum_block(logits + row * vocab + b * kDrawBlock,
+                      std::min(kDrawBlock, vocab - b * kDrawBlock), by[row]);
+    }
+    team.barrier();
+    long first, last;
+    team.share(rows, first, last);
+    for (long row = first; row < last; ++row)
+      tokens[row] = draw_row(logits + row * vocab, vocab, by[row], uniform[row],
+                             sums.data() + row * blocks);
+  });
 }
 
 }  // extern "C"
