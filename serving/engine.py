@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from serving.config.engine import EngineConfig, encode_path
 from serving.config.model import ModelConfig
+from serving.config.shares import rank_config
 from serving.core import FinishReason, Layout, Request, SamplingParams, TokenLogprobs, TokenOutput
 from serving.errors import (
     ConfigError,
@@ -94,6 +95,7 @@ class Engine:
         #: Called with every new picture of the engine.
         self.on_stats: Callable[[EngineStats], None] | None = None
         self._layout = _layout(config, self.model_config)
+        rank_config(self.model_config, config.tensor_parallel_size)
         self._on_progress: Callable[[str], None] | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)

@@ -153,14 +153,16 @@ class StageProgress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class StageLoaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """Weights are in place; `max_pages` KV pages fit into this stage's memory budget."""
+    """Weights are in place; `max_pages` KV pages fit into this rank's memory budget."""
 
     stage: int
     max_pages: int
+    rank: int = 0
 
 
 class StageStarted(msgspec.Struct, frozen=True, tag="started"):
     stage: int
+    rank: int = 0
 
 
 class StageStats(msgspec.Struct, frozen=True, tag="stats"):
@@ -173,6 +175,7 @@ class StageFailed(msgspec.Struct, frozen=True, tag="failed"):
     kind: str
     message: str
     flag: str | None = None
+    rank: int = 0
 
 
 class StepResult(msgspec.Struct, kw_only=True, frozen=True, tag="result"):
@@ -213,6 +216,12 @@ class StageSpec(msgspec.Struct, kw_only=True, frozen=True):
     layout: Layout
     stage: int
     threads: int
+    rank: int = 0
+
+    @property
+    def worker(self) -> int:
+        """This process's number in its group: stage by stage, in each rank by rank."""
+        return self.stage * self.config.tensor_parallel_size + self.rank
 
 
 def socket_address(directory: str, name: str) -> str:

@@ -18,14 +18,16 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `device` auto takes a GPU if there is one. `num_kv_pages` fixes the number of KV pages; else
     `kv_memory` bytes (all stages together) decide; without them it is 1 GiB on the CPU, and on a
     GPU what `gpu_memory_utilization` of its memory leaves. `cuda_graphs` records steps on a GPU.
-    `layer_layout` gives the number of layers of each stage. `devices` names one torch
-    device a stage. `threads` is the number of compute threads a stage; by default the cores are
-    shared out. `step_timeout` seconds without a result of a running micro-batch mean that a stage
-    hangs.
+    A stage is `tensor_parallel_size` processes, its ranks, which share out every layer.
+    `layer_layout` gives the number of layers of each stage. `devices` names one torch device a
+    rank, those of stage 0 first. `threads` is the number of compute threads a rank; by default the
+    cores are shared out. `step_timeout` seconds without a result of a running micro-batch mean that
+    a stage hangs.
     """
 
     model: Path
     pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     page_size: int = 16
@@ -53,6 +55,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
             msgspec.structs.force_setattr(self, "model", Path(self.model))
         stages = self.pipeline_parallel_size
         _check_int(stages, 1, 1024, "--pipeline-parallel-size")
+        _check_int(self.tensor_parallel_size, 1, 1024, "--tensor-parallel-size")
         _check_choice(self.dtype, ("auto", "float32", "bfloat16", "float16"), "--dtype")
         _check_choice(self.load_format, ("auto", "dummy"), "--load-format")
         _check_choice(self.cache_eviction, ("lru", "fifo"), "--cache-eviction")
@@ -85,12 +88,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
             raise ConfigError(
                 "--step-timeout must be a number of seconds above 0.", "--step-timeout"
             )
-        if self.devices is not None and len(self.devices) != stages:
-            raise ConfigError(
-                f"--devices names {len(self.devices)} devices for {stages} pipeline stages; "
-                "give one device a stage.",
-                "--devices",
-            )
+        if self.devices is not None:
+            _check_devices(self.devices, stages, self.tensor_parallel_size)
         layout = self.layer_layout
         if layout is not None and (len(layout) != stages or min(layout, default=0) < 1):
             raise ConfigError(
@@ -104,11 +103,12 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         """The name under which the model is served."""
         return self.served_model_name or self.model.name
 
-    def stage_device(self, stage: int) -> str:
-        """The torch device of one stage, or "auto"."""
+    def stage_device(self, stage: int, rank: int = 0) -> str:
+        """The torch device of one rank of a stage, or "auto"."""
+        worker = stage * self.tensor_parallel_size + rank
         if self.devices is not None:
-            return self.devices[stage]
-        return f"cuda:{stage}" if self.device == "cuda" else self.device
+            return self.devices[worker]
+        return f"cuda:{worker}" if self.device == "cuda" else self.device
 
 
 def _check_int(value: int, low: int, high: int, flag: str) -> None:
@@ -121,6 +121,33 @@ def _check_int(value: int, low: int, high: int, flag: str) -> None:
 def _check_choice(value: str, choices: tuple[str, ...], flag: str) -> None:
     if value not in choices:
         raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.", flag)
+
+
+def _check_devices(devices: list[str], stages: int, ranks: int) -> None:
+    flag = "--devices"
+    if len(devices) != stages * ranks:
+        each, ranked = "a stage", ""
+        if ranks > 1:
+            each, ranked = "a rank, those of stage 0 first", f" of {ranks} ranks"
+        raise ConfigError(
+            f"{flag} names {len(devices)} devices for {stages} pipeline stages{ranked}; "
+            f"give one device {each}.",
+            flag,
+        )
+    for stage in range(stages):
+        own = devices[stage * ranks : (stage + 1) * ranks]
+        if len({device.partition(":")[0] for device in own}) > 1:
+            raise ConfigError(
+                f"{flag} gives the ranks of stage {stage} devices of different kinds "
+                f"({', '.join(own)}); the ranks of one stage need the same kind.",
+                flag,
+            )
+        if own[0] != "cpu" and len(set(own)) < ranks:
+            raise ConfigError(
+                f"{flag} gives ranks of stage {stage} the same device ({', '.join(own)}); each "
+                "rank needs a GPU of its own.",
+                flag,
+            )
 
 
 def encode_path(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""The stage group as the driver sees it: its processes, its sockets, its start and its end."""
+"""The stage group as the driver sees it: its processes, its sockets, its start and its end.
+
+A worker is one rank of one stage; workers are numbered stage by stage, in each rank by rank. All
+ranks of a stage get the same plans. Results come from rank 0 of the last stage alone.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +38,9 @@ _SHUTDOWN_SECONDS = 2.0
 
 
 class StageGroup:
-    """One PUSH socket a stage for plans, one PULL socket for what comes back.
+    """One PUSH socket a worker for plans, one PULL socket for what comes back.
 
-    A death or an error of one stage ends the group: `failure` makes it a sentence.
+    A death or an error of one worker ends the group: `failure` makes it a sentence.
     """
 
     def __init__(self, spec: DriverSpec, context: zmq.Context[zmq.Socket[bytes]], pid: int) -> None:
@@ -48,21 +52,23 @@ class StageGroup:
         self.results.bind(socket_address(spec.directory, "results"))
         self._plans = []
         self.children: list[Child] = []
-        stages = spec.layout.num_stages
-        threads = spec.config.threads or max(1, available_cores() // stages)
-        for stage in range(stages):
+        self._stages, self._ranks = spec.layout.num_stages, spec.config.tensor_parallel_size
+        workers = self._stages * self._ranks
+        threads = spec.config.threads or max(1, available_cores() // workers)
+        for worker in range(workers):
             socket = context.socket(zmq.PUSH)
             socket.set_hwm(_QUEUE)
             socket.setsockopt(zmq.SNDTIMEO, _SEND_MS)
-            socket.bind(socket_address(spec.directory, f"plans-{stage}"))
+            socket.bind(socket_address(spec.directory, f"plans-{worker}"))
             self._plans.append(socket)
-        for stage in range(stages):
+        for worker in range(workers):
             settings = StageSpec(
                 config=spec.config,
                 directory=spec.directory,
                 parent_pid=pid,
                 layout=spec.layout,
-                stage=stage,
+                stage=worker // self._ranks,
+                rank=worker % self._ranks,
                 threads=threads,
             )
             environment = {"OMP_NUM_THREADS": str(threads)}
@@ -76,26 +82,26 @@ class StageGroup:
     # ---- start
 
     def wait_loaded(self, on_progress: Callable[[str], None]) -> int:
-        """Wait until all stages hold their weights; the number of KV pages that all can hold.
+        """Wait until all workers hold their weights; the number of KV pages that all can hold.
 
         Raises what a stage failed with.
         """
-        pages: dict[int, int] = {}
+        pages: dict[tuple[int, int], int] = {}
         while len(pages) < len(self.children):
             for message in self._wait():
                 if isinstance(message, StageLoaded):
-                    pages[message.stage] = message.max_pages
+                    pages[message.stage, message.rank] = message.max_pages
                 elif isinstance(message, StageProgress):
                     on_progress(message.text)
         return min(pages.values())
 
     def wait_started(self, num_pages: int, max_model_len: int) -> None:
-        """Let all stages make their pages and use every link once."""
-        for stage in range(len(self.children)):
-            self._send(stage, AllocateKv(num_pages, max_model_len))
-        started: set[int] = set()
+        """Let all workers make their pages and use every link once."""
+        for worker in range(len(self.children)):
+            self._send(worker, AllocateKv(num_pages, max_model_len))
+        started: set[tuple[int, int]] = set()
         while len(started) < len(self.children):
-            started.update(m.stage for m in self._wait() if isinstance(m, StageStarted))
+            started.update((m.stage, m.rank) for m in self._wait() if isinstance(m, StageStarted))
 
     def _wait(self) -> list[FromStage]:
         poller = zmq.Poller()
@@ -114,15 +120,15 @@ class StageGroup:
     # ---- steps
 
     def send_plan(self, plan: StepPlan) -> None:
-        """Send a plan to every stage; each admission carries only what the stage needs."""
-        last = len(self.children) - 1
-        same = self._encoder.encode(plan) if not plan.admitted else b""
-        for stage in range(last + 1):
-            if same:
-                self._send_bytes(stage, same)
-                continue
-            admitted = [_for_stage(a, stage == 0, stage == last) for a in plan.admitted]
-            self._send(stage, msgspec.structs.replace(plan, admitted=admitted))
+        """Send a plan to every worker; each admission carries only what the stage needs."""
+        last = self._stages - 1
+        encoded = self._encoder.encode(plan) if not plan.admitted else b""
+        for stage in range(self._stages):
+            if plan.admitted:
+                admitted = [_for_stage(a, stage == 0, stage == last) for a in plan.admitted]
+                encoded = self._encoder.encode(msgspec.structs.replace(plan, admitted=admitted))
+            for rank in range(self._ranks):
+                self._send_bytes(stage * self._ranks + rank, encoded)
 
     def receive(self) -> list[FromStage]:
         """Everything that has come back; never waits."""
@@ -136,7 +142,7 @@ class StageGroup:
     # ---- end
 
     def failure(self, told: StageFailed | None) -> LecternError:
-        """Why the group ended. A stage that was killed is the cause; its neighbours' broken links
+        """Why the group ended. A worker that was killed is the cause; its neighbours' broken links
         are not, so a moment is given for all deaths to show."""
         deadline = time.monotonic() + _SETTLE_SECONDS
         for child in self.children:
@@ -148,22 +154,23 @@ class StageGroup:
                 return ConfigError(report.message, report.flag)
             if report.kind == "model":
                 return ModelError(report.message)
-        for stage, child in enumerate(self.children):
+        for worker, child in enumerate(self.children):
             if child.was_killed:
-                return EngineDeadError(f"Stage {stage} {child.how_it_ended()}.")
+                return EngineDeadError(f"{self._name(worker)} {child.how_it_ended()}.")
         for report in reports:
-            return EngineDeadError(f"Stage {report.stage} failed: {report.message}")
-        for stage, child in enumerate(self.children):
+            worker = report.stage * self._ranks + report.rank
+            return EngineDeadError(f"{self._name(worker)} failed: {report.message}")
+        for worker, child in enumerate(self.children):
             if child.has_ended():
-                return EngineDeadError(f"Stage {stage} {child.how_it_ended()}.")
+                return EngineDeadError(f"{self._name(worker)} {child.how_it_ended()}.")
         return EngineDeadError("A stage failed without saying why.")
 
     def close(self, *, orderly: bool) -> None:
         """End all stages: asked first if `orderly`, killed if they do not follow."""
         if orderly:
-            for stage in range(len(self.children)):
+            for plans in self._plans:
                 try:
-                    self._plans[stage].send(self._encoder.encode(Shutdown()), zmq.NOBLOCK)
+                    plans.send(self._encoder.encode(Shutdown()), zmq.NOBLOCK)
                 except zmq.ZMQError:
                     continue  # it is gone or stuck; it is killed below
             deadline = time.monotonic() + _SHUTDOWN_SECONDS
@@ -175,14 +182,18 @@ class StageGroup:
         for socket in (*self._plans, self.results):
             socket.close(linger=0)
 
-    def _send(self, stage: int, message: ToStage) -> None:
-        self._send_bytes(stage, self._encoder.encode(message))
+    def _send(self, worker: int, message: ToStage) -> None:
+        self._send_bytes(worker, self._encoder.encode(message))
 
-    def _send_bytes(self, stage: int, data: bytes) -> None:
+    def _send_bytes(self, worker: int, data: bytes) -> None:
         try:
-            self._plans[stage].send(data)
+            self._plans[worker].send(data)
         except zmq.Again:
-            raise EngineDeadError(f"Stage {stage} takes no more plans.") from None
+            raise EngineDeadError(f"{self._name(worker)} takes no more plans.") from None
+
+    def _name(self, worker: int) -> str:
+        stage, rank = divmod(worker, self._ranks)
+        return f"Stage {stage}" if self._ranks == 1 else f"Rank {rank} of stage {stage}"
 
 
 def _for_stage(admission: Admission, first: bool, last: bool) -> Admission:

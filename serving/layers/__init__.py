@@ -3,6 +3,7 @@
 from serving.layers.attention import Attention
 from serving.layers.decoder import DecoderLayer
 from serving.layers.embedding import Embedding
+from serving.layers.head import Head
 from serving.layers.linear import Linear
 from serving.layers.mlp import GatedMLP
 from serving.layers.norm import RMSNorm
@@ -14,6 +15,7 @@ __all__ = [
     "DecoderLayer",
     "Embedding",
     "GatedMLP",
+    "Head",
     "Linear",
     "Place",
     "RMSNorm",

@@ -9,12 +9,16 @@ from serving.attention import StepInputs
 from serving.layers.linear import Linear
 from serving.layers.norm import RMSNorm
 from serving.layers.place import Place
+from serving.layers.share import share
 
 __all__ = ["Attention"]
 
 
 class Attention:
     """q, k and v in one product; optional norms of each query and key head (Qwen3).
+
+    A rank of a tensor-parallel stage has a part of the query heads and the key-value heads that
+    these read.
 
     `name` is the checkpoint's, such as `model.layers.3.self_attn`; `layer` the number in the
     whole model.
@@ -36,18 +40,27 @@ class Attention:
         qk_norm_eps: float | None = None,
     ) -> None:
         self._layer, self._backend = layer, place.attention
-        self._heads, self._kv_heads, self._dim = num_heads, num_kv_heads, head_dim
+        self._heads, self._kv_heads = len(share(num_heads, place)), len(share(num_kv_heads, place))
+        self._dim = head_dim
         self.sliding_window, self._scale = sliding_window, head_dim**-0.5
+        self._q_end = self._heads * head_dim
+        self._k_end = self._q_end + self._kv_heads * head_dim
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        self._q_end, self._k_end = q_size, q_size + kv_size
         parts = [
             (f"{name}.q_proj", q_size),
             (f"{name}.k_proj", kv_size),
             (f"{name}.v_proj", kv_size),
         ]
-        self.qkv = Linear(parts, hidden_size, bias=qkv_bias, split="column", place=place)
+        self.qkv = Linear(
+            parts, hidden_size, bias=qkv_bias, split="column", place=place, unit=head_dim
+        )
         self.output = Linear(
-            [(f"{name}.o_proj", hidden_size)], q_size, bias=output_bias, split="row", place=place
+            [(f"{name}.o_proj", hidden_size)],
+            q_size,
+            bias=output_bias,
+            split="row",
+            place=place,
+            unit=head_dim,
         )
         self.leaves: list[Linear | RMSNorm] = [self.qkv, self.output]
         self.q_norm: RMSNorm | None = None

@@ -17,6 +17,7 @@ class GatedMLP:
     def __init__(
         self, name: str, hidden_size: int, intermediate_size: int, *, bias: bool, place: Place
     ) -> None:
+        # Each rank has a part of the width between the two products.
         parts = [(f"{name}.gate_proj", intermediate_size), (f"{name}.up_proj", intermediate_size)]
         self.gate_up = Linear(parts, hidden_size, bias=bias, split="column", place=place)
         self.down = Linear(

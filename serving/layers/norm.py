@@ -7,7 +7,7 @@ from torch import Tensor
 
 from serving import kernels
 from serving.layers.place import Place
-from serving.weights.slots import WeightSlot
+from serving.weights.slots import Region, WeightSlot
 
 __all__ = ["RMSNorm"]
 
@@ -23,6 +23,10 @@ class RMSNorm:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensor this norm wants, by name."""
         return {f"{self._name}.weight": (self._size,)}
+
+    def regions(self) -> dict[str, Region]:
+        """Every rank holds the whole."""
+        return {}
 
     def slots(self) -> list[WeightSlot]:
         """Allocate the weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from serving.models.qwen2 import qwen2_layer
 from serving.models.qwen3 import qwen3_layer
 from serving.models.stage import StageModel
 from serving.weights import LoadFormat, LoadProgress, load_weights
+
+if TYPE_CHECKING:
+    from serving.transport.tensor_group import TensorGroup
 
 __all__ = ["StageModel", "build_stage"]
 
@@ -38,14 +42,17 @@ def build_stage(
     seed: int = 0,
     progress: Callable[[LoadProgress], None] | None = None,
     max_positions: int | None = None,
+    group: TensorGroup | None = None,
 ) -> StageModel:
     """Build layers `layers` of a model and load their weights, and theirs only.
 
+    With a `group` of more ranks than one, what this rank holds of them; `config` is the model's.
     `max_positions` bounds the positions that will occur (default: the model's context length);
     `progress` is told of loading now and then. `load_format` "dummy" needs no weight files and
     gives each tensor the same values whatever the split. Raises ModelError.
     """
-    place = Place(dtype, torch.device(device), choose_attention(torch.device(device), dtype))
+    device = torch.device(device)
+    place = Place(dtype, device, choose_attention(device, dtype), group)
     model = StageModel(
         config,
         layers,

@@ -10,7 +10,7 @@ from torch import Tensor
 from serving import kernels
 from serving.attention import StepInputs
 from serving.config.model import ModelConfig
-from serving.layers import DecoderLayer, Embedding, Linear, Place, RMSNorm, rotary_table
+from serving.layers import DecoderLayer, Embedding, Head, Place, RMSNorm, rotary_table
 from serving.weights import Loadable
 
 __all__ = ["StageModel"]
@@ -40,29 +40,34 @@ class StageModel:
         self.dtype, self.device = place.dtype, place.device
         self.attention_name = place.attention.name
         self._layers = list(decoder_layers)
-        self._head: Linear | None = None
+        self._head: Head | None = None
         self._norm: RMSNorm | None = None
         self._embedding: Embedding | None = None
         size, hidden = config.vocab_size, config.hidden_size
         if last:
             name = _EMBEDDING if config.tie_word_embeddings else _HEAD
-            self._head = Linear([(name, size)], hidden, bias=False, split="column", place=place)
+            self._head = Head(name, size, hidden, place)
             self._norm = RMSNorm(_NORM, hidden, config.rms_norm_eps, place)
         if first and not (last and config.tie_word_embeddings):
             self._embedding = Embedding(_EMBEDDING, size, hidden, place)
         self._whole: kernels.NativeStage | None = None
+        self._ranks = place.ranks
         self._cos_sin = rotary_table(config.rope, config.head_dim, max_positions, place.device)
 
     @property
     def leaves(self) -> list[Loadable]:
         """Everything that takes weights, in the order of the computation."""
         ends = [self._embedding] if self._embedding else []
-        tail = [part for part in (self._norm, self._head) if part]
+        tail: list[Loadable] = []
+        if self._norm is not None and self._head is not None:
+            tail = [self._norm, self._head.linear]
         return [*ends, *(leaf for layer in self._layers for leaf in layer.leaves), *tail]
 
     def fuse(self) -> None:
         """Call once all weights are loaded: from then on the layers run as one native call, where
-        the machine, the dtype and the sizes allow it."""
+        the machine, the dtype and the sizes allow it. Ranks have to meet inside every layer."""
+        if self._ranks > 1:
+            return
         config = self.config
         self._whole = kernels.native_stage(
             [layer.fused_weights() for layer in self._layers],
@@ -120,9 +125,10 @@ class StageModel:
 
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Final norm and head of the rows that get a token. [R, H] -> [R, vocab] float32."""
+        """Final norm and head of the rows that get a token. [R, H] -> [R, vocab] float32, the same
+        bits on every rank."""
         head, norm = self._ends()
-        return head.packed.float32(norm(hidden_rows))
+        return head.float32(norm(hidden_rows))
 
     @torch.inference_mode()
     def scores(self, hidden_rows: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ class StageModel:
         head, norm = self._ends()
         return head(norm(hidden_rows))
 
-    def _ends(self) -> tuple[Linear, RMSNorm]:
+    def _ends(self) -> tuple[Head, RMSNorm]:
         if self._head is None or self._norm is None:
             raise ValueError("only the last stage has a head")
         return self._head, self._norm
@@ -140,4 +146,4 @@ class StageModel:
             return self._embedding(token_ids)
         if self._head is None:
             raise ValueError("only the first stage embeds tokens")
-        return self._head.packed.rows(token_ids)
+        return self._head.rows(token_ids)

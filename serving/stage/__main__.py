@@ -23,7 +23,7 @@ def main() -> int:
     from serving.stage.worker import StageWorker
 
     torch.set_num_threads(spec.threads)
-    links = DriverLinks(spec.directory, spec.stage)
+    links = DriverLinks(spec.directory, spec.worker)
     code = 0
     try:
         worker = StageWorker(spec, links)
@@ -33,14 +33,14 @@ def main() -> int:
         kinds = {ConfigError: "config", ModelError: "model"}
         kind = next((name for type_, name in kinds.items() if isinstance(error, type_)), "dead")
         flag = error.flag if isinstance(error, ConfigError) else None
-        links.send(StageFailed(spec.stage, kind, str(error), flag))
+        links.send(StageFailed(spec.stage, kind, str(error), flag, spec.rank))
         code = 1
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        what = str(error).strip().split("\n")[0]
-        links.send(StageFailed(spec.stage, "dead", f"{type(error).__name__}: {what}"))
+        what = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+        links.send(StageFailed(spec.stage, "dead", what, rank=spec.rank))
         code = 1
     links.close()
     return code

@@ -18,11 +18,11 @@ _QUEUE = 1024  # far more than can be in flight; a full queue means that the dri
 class DriverLinks:
     """One PULL socket for plans and one PUSH socket for everything that goes back."""
 
-    def __init__(self, directory: str, stage: int) -> None:
+    def __init__(self, directory: str, worker: int) -> None:
         self._context = zmq.Context()
         self._plans = self._context.socket(zmq.PULL)
         self._plans.set_hwm(_QUEUE)
-        self._plans.connect(socket_address(directory, f"plans-{stage}"))
+        self._plans.connect(socket_address(directory, f"plans-{worker}"))
         self._results = self._context.socket(zmq.PUSH)
         self._results.set_hwm(_QUEUE)
         self._results_address = socket_address(directory, "results")
@@ -87,9 +87,9 @@ class ResultSender:
     def send(self, message: FromStage) -> None:
         self._socket.send(self._encoder.encode(message))
 
-    def fail(self, stage: int, what: str) -> None:
+    def fail(self, stage: int, what: str, rank: int = 0) -> None:
         """Say why the process is about to end, and give the message a moment to leave."""
-        self.send(StageFailed(stage, "dead", what))
+        self.send(StageFailed(stage, "dead", what, rank=rank))
         threading.Event().wait(0.2)
 
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from serving.attention import StepInputs
 from serving.config.engine import GIB
 from serving.config.model import ModelConfig
+from serving.config.shares import rank_config
 from serving.core import StepPlan
 from serving.errors import ConfigError, EngineDeadError
 from serving.messages import (
     AllocateKv,
+    FromStage,
     Shutdown,
     StageLoaded,
     StageProgress,
@@ -36,25 +38,38 @@ from serving.weights import LoadProgress
 
 if TYPE_CHECKING:
     from serving.stage.gpu.stage import GpuStage
+    from serving.transport.tensor_group import TensorGroup
 
 _STATS_SECONDS = 0.5
 
 
+def _not_sent(message: FromStage) -> None:
+    """Results of ranks other than 0 say the same as those of rank 0."""
+
+
 class StageWorker:
-    """One stage of the pipeline. It decides nothing: plans say what runs, in which order."""
+    """One rank of a stage of the pipeline. It decides nothing: plans say what runs, in which order.
+
+    The ranks of a stage do the same steps on the same rows, each with its part of every layer;
+    between layers all hold the whole hidden rows, and behind the head the whole logits, so that
+    all sample the same tokens. Rank 0 speaks for its stage to the driver.
+    """
 
     def __init__(self, spec: StageSpec, links: DriverLinks) -> None:
-        self._stage = spec.stage
+        self._stage, self._rank = spec.stage, spec.rank
+        self._ranks = spec.config.tensor_parallel_size
         self._last = spec.layout.num_stages - 1
         self._config = spec.config
         self._links = links
-        self._model_config = ModelConfig.from_folder(spec.config.model)
+        whole = ModelConfig.from_folder(spec.config.model)
+        self._model_config = rank_config(whole, self._ranks)
         self._device = self._choose_device()
+        self._group = self._meet_ranks(spec)
         name = self._model_config.dtype if spec.config.dtype == "auto" else spec.config.dtype
         self._dtype: torch.dtype = getattr(torch, name)
         self._layers = spec.layout.layers(spec.stage)
         self._model = build_stage(
-            self._model_config,
+            whole,
             self._layers,
             first=self._stage == 0,
             last=self._stage == self._last,
@@ -62,7 +77,8 @@ class StageWorker:
             device=self._device,
             load_format=spec.config.load_format,
             seed=spec.config.seed,
-            progress=self._report_loading,
+            progress=self._report_loading if self._rank == 0 else None,
+            group=self._group,
         )
         self._transport = self._make_transport(spec)
         self._gpu: GpuStage | None = None
@@ -74,8 +90,8 @@ class StageWorker:
                 self._model,
                 spec.config,
                 self._model_config,
-                send=sender.send,
-                failed=lambda what: sender.fail(self._stage, what),
+                send=sender.send if self._rank == 0 else _not_sent,
+                failed=lambda what: sender.fail(self._stage, what, self._rank),
             )
         self._sampler: Sampler | None = None
         self._clock = StageClock()
@@ -83,14 +99,14 @@ class StageWorker:
 
     def run(self) -> None:
         """Until the driver says it is over."""
-        self._links.send(StageLoaded(self._stage, self._max_pages()))
+        self._links.send(StageLoaded(self._stage, self._max_pages(), self._rank))
         allocation = self._links.next(None)
         if not isinstance(allocation, AllocateKv):
             return
         self._allocate(allocation)
         if self._transport is not None:
             self._transport.warm_up()
-        self._links.send(StageStarted(self._stage))
+        self._links.send(StageStarted(self._stage, self._rank))
         # Objects made so far live as long as the process; they need no further looking through.
         gc.collect()
         gc.freeze()
@@ -102,7 +118,7 @@ class StageWorker:
                 message = self._links.next(_STATS_SECONDS if unreported else None)
             if isinstance(message, StepPlan):
                 self._step(message)
-                unreported = True
+                unreported = self._rank == 0
             elif message is not None:
                 if isinstance(message, Shutdown):
                     return
@@ -172,7 +188,8 @@ class StageWorker:
                 self._transport.send_tokens(output.token_ids)
             else:
                 self._inputs.keep_tokens(rows.sampled_slots, output.token_ids)
-        self._links.send_result(rows.number, output)
+        if self._rank == 0:
+            self._links.send_result(rows.number, output)
 
     def _sample(self, rows: Rows, hidden: Tensor) -> SampleOutput:
         if self._sampler is None:
@@ -209,21 +226,29 @@ class StageWorker:
 
     def _choose_device(self) -> torch.device:
         """A GPU where there is one, unless the configuration says otherwise."""
-        name = self._config.stage_device(self._stage)
+        name = self._config.stage_device(self._stage, self._rank)
         if name == "auto":
             # Several stages on GPUs need a transport of their own.
             alone = self._last == 0 and torch.cuda.is_available()
-            name = f"cuda:{self._stage}" if alone else "cpu"
+            name = f"cuda:{self._stage * self._ranks + self._rank}" if alone else "cpu"
         device = torch.device(name)
         if device.type == "cuda":
             if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+                ranked = f"Rank {self._rank} of stage" if self._ranks > 1 else "Stage"
                 raise ConfigError(
-                    f"Stage {self._stage} is to run on {name}, which torch does not find here; "
+                    f"{ranked} {self._stage} is to run on {name}, which torch does not find here; "
                     "check the driver with nvidia-smi, or use --device cpu.",
                     "--device",
                 )
             torch.cuda.set_device(device)
         return device
+
+    def _meet_ranks(self, spec: StageSpec) -> TensorGroup | None:
+        if self._ranks == 1:
+            return None
+        from serving.transport.tensor_group import connect_ranks
+
+        return connect_ranks(spec.directory, self._stage, self._rank, self._ranks, self._device)
 
     def _make_transport(self, spec: StageSpec) -> Transport | None:
         if self._last == 0:
@@ -239,25 +264,26 @@ class StageWorker:
         return GlooTransport(
             self._stage,
             spec.layout.num_stages,
-            f"{spec.directory}/rendezvous",
+            f"{spec.directory}/rendezvous-{self._rank}",
             max_tokens=spec.config.max_num_batched_tokens,
             hidden_size=self._model_config.hidden_size,
             dtype=self._dtype,
         )
 
     def _max_pages(self) -> int:
-        """Pages that this stage's part of the KV memory holds, at least 1."""
+        """Pages that this rank's part of the KV memory holds, at least 1."""
         shape = self._model_config.kv_shape(1, self._config.page_size)
         page = int(np.prod(shape)) * self._dtype.itemsize * len(self._layers)
         asked = self._config.kv_memory
         if self._gpu is not None:
             plan = self._gpu.plan_memory()
             if asked is None:
-                self._links.send(
-                    StageProgress(self._stage, f"stage {self._stage}: {plan.sentence()}")
-                )
+                if self._rank == 0:
+                    self._links.send(
+                        StageProgress(self._stage, f"stage {self._stage}: {plan.sentence()}")
+                    )
                 return max(1, plan.kv // page)
-        asked = GIB if asked is None else asked
+        asked = (GIB if asked is None else asked) // self._ranks
         return max(1, asked * len(self._layers) // self._model_config.num_layers // page)
 
     def _allocate(self, allocation: AllocateKv) -> None:

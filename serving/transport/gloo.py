@@ -43,8 +43,8 @@ class GlooTransport(Transport):
         self._stage = stage
         self._last = stages - 1
         store = dist.FileStore(rendezvous, stages)
-        self._hidden_links = _connect(store, "hidden", stage, stages)
-        self._token_links = _connect(store, "tokens", stage, stages)
+        self._hidden_links = loopback_links(store, "hidden", stage, stages)
+        self._token_links = loopback_links(store, "tokens", stage, stages)
         shape = (max_tokens, hidden_size)
         self._incoming = torch.zeros(shape if stage > 0 else (0, hidden_size), dtype=dtype)
         outgoing = shape if stage < self._last else (0, hidden_size)
@@ -114,10 +114,11 @@ def _finish(work: Any, peer: int) -> None:
         raise EngineDeadError(f"the link to stage {peer} broke") from error
 
 
-def _connect(store: Any, name: str, stage: int, stages: int) -> Any:
+def loopback_links(store: Any, name: str, number: int, count: int) -> Any:
+    """A gloo process group of `count` processes of this host, of which this is `number`."""
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
     # A stage that is idle has posted nothing, and the driver watches over the time of a step.
     options._timeout = timedelta(days=1)
     links = dist.PrefixStore(name, store)
-    return dist.ProcessGroupGloo(links, stage, stages, options)
+    return dist.ProcessGroupGloo(links, number, count, options)

@@ -12,9 +12,9 @@ from serving.errors import ModelError
 from serving.weights.checkpoint import Checkpoint
 from serving.weights.dummy import DummyWeights
 from serving.weights.progress import LoadProgress, ProgressMeter
-from serving.weights.slots import WeightSlot
+from serving.weights.slots import Region, WeightSlot
 
-__all__ = ["LoadFormat", "LoadProgress", "Loadable", "WeightSlot", "load_weights"]
+__all__ = ["LoadFormat", "LoadProgress", "Loadable", "Region", "WeightSlot", "load_weights"]
 
 LoadFormat = Literal["auto", "dummy"]
 
@@ -23,7 +23,10 @@ class Loadable(Protocol):
     """A layer that takes weights: it allocates on `slots`, and packs them on `ready`."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor it wants, by its name in the checkpoint."""
+        """Every tensor it wants, by its name in the checkpoint, in the checkpoint's shape."""
+
+    def regions(self) -> dict[str, Region]:
+        """What it holds of the tensors that it does not hold whole."""
 
     def slots(self) -> list[WeightSlot]:
         """Allocate the weights and say where each tensor goes."""
@@ -51,7 +54,7 @@ def load_weights(
     item = torch.empty((), dtype=dtype).element_size()
     if load_format == "dummy":
         dummy = DummyWeights(seed, device)
-        total = sum(_elements(shape) * item for part in parts for shape in part.shapes().values())
+        total = sum(_elements(held) * item for part in parts for _, _, held in _wanted(part))
         meter = ProgressMeter(total, progress)
         for part in parts:
             for slot in part.slots():
@@ -62,20 +65,34 @@ def load_weights(
     with Checkpoint(folder) as checkpoint:
         total = 0
         for part in parts:
-            for name, shape in part.shapes().items():
+            for name, shape, held in _wanted(part):
                 info = checkpoint.info(name)
                 if info.shape != shape:
                     raise ModelError(
                         f"{info.file}: tensor {name} has shape {list(info.shape)} where "
                         f"config.json asks for {list(shape)}; the two belong to different models."
                     )
-                total += info.num_bytes
+                total += info.num_bytes * _elements(held) // _elements(shape)
         meter = ProgressMeter(total, progress)
         for part in parts:
             for slot in part.slots():
-                slot.load(checkpoint.read(slot.name))
-                meter.add(checkpoint.info(slot.name).num_bytes)
+                info = checkpoint.info(slot.name)
+                if slot.region is None:
+                    slot.load(checkpoint.read(slot.name))
+                    meter.add(info.num_bytes)
+                elif slot.into.numel():
+                    slot.load(checkpoint.read_region(slot.name, slot.region))
+                    meter.add(info.num_bytes * slot.into.numel() // _elements(slot.shape))
             part.ready()
+
+
+def _wanted(part: Loadable) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Name, shape in the checkpoint and shape of what is held, of every tensor of a layer."""
+    regions = part.regions()
+    return [
+        (name, shape, tuple(map(len, regions[name])) if name in regions else shape)
+        for name, shape in part.shapes().items()
+    ]
 
 
 def _elements(shape: tuple[int, ...]) -> int:

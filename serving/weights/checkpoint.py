@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from serving.config.model import read_json_object
 from serving.errors import ModelError
+from serving.weights.slots import Region
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -82,14 +84,21 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file. Raises ModelError."""
+        return self._read(name, lambda opened: opened.get_tensor(name))
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        """A part of a tensor that is not empty; only its bytes are read. Raises ModelError."""
+        at = tuple(slice(part.start, part.stop) for part in region)
+        return self._read(name, lambda opened: opened.get_slice(name)[at])
+
+    def _read(self, name: str, what: Callable[[Any], Tensor]) -> Tensor:
         file = self.info(name).file
         try:
             if file not in self._open:
                 self._open[file] = safe_open(str(file), framework="pt", device="cpu")
-            tensor: Tensor = self._open[file].get_tensor(name)
+            return what(self._open[file])
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read ({error}); {_AGAIN}.") from error
-        return tensor
 
 
 def _locate(folder: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Random weights from a seed: the same for a tensor whatever stage, order or device holds it."""
+"""Random weights from a seed: the same for a tensor whatever stage, rank or device holds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from serving.weights.slots import WeightSlot
+from serving.weights.slots import Region, WeightSlot
 
 __all__ = ["DummyWeights"]
 
@@ -38,7 +38,26 @@ class DummyWeights:
             return
         digest = hashlib.blake2b(f"{self._seed}/{slot.name}".encode(), digest_size=8).digest()
         offset = int.from_bytes(digest, "little") % _POOL
+        if slot.region is not None:
+            self._fill_region(slot.into, slot.region, slot.shape, offset)
+            return
         flat = slot.into.view(-1)
         for start in range(0, flat.numel(), _POOL):
             part: Tensor = flat[start : start + _POOL]
             part.copy_(self._pool[offset : offset + part.numel()])
+
+    def _fill_region(
+        self, into: Tensor, region: Region, shape: tuple[int, ...], offset: int
+    ) -> None:
+        """The numbers that the whole tensor has there: element i of it is number offset + i of the
+        pool, read round and round."""
+        width = shape[-1]
+        columns = region[-1]
+        rows = region[0] if len(region) > 1 else range(1)
+        held = into.view(len(rows), len(columns))
+        # Rows of one copy, so that the last of them still ends within the two pools.
+        count = max(1, (_POOL - len(columns)) // width + 1)
+        for start in range(0, len(rows), count):
+            part = held[start : start + count]
+            first = (offset + (rows.start + start) * width + columns.start) % _POOL
+            part.copy_(self._pool.as_strided(part.shape, (width, 1), first))

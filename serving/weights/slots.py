@@ -7,9 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Fill", "WeightSlot"]
+__all__ = ["Fill", "Region", "WeightSlot"]
 
 Fill = Literal["random", "ones"]
+#: The part of a tensor that a rank of a tensor-parallel stage holds: one range a dimension.
+Region = tuple[range, ...]
 
 
 @dataclass(frozen=True)
@@ -17,19 +19,16 @@ class WeightSlot:
     """One tensor of a checkpoint and the place in a layer's weight where it belongs.
 
     `into` is a view, so the parts of a fused weight (q, k and v; gate and up) each have a slot
-    in one tensor. A layer that holds only a share of a weight would narrow what it is given
-    before the copy; today every layer holds the whole. `fill` says what dummy loading writes.
+    in one tensor. `region` is the part of the checkpoint's tensor, of shape `shape`, that goes
+    there; None is all of it. `fill` says what dummy loading writes.
     """
 
     name: str
     into: Tensor
     fill: Fill = "random"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape the checkpoint's tensor must have."""
-        return tuple(self.into.shape)
+    region: Region | None = None
+    shape: tuple[int, ...] = ()
 
     def load(self, tensor: Tensor) -> None:
-        """Copy the checkpoint's tensor in, converting dtype and device."""
+        """Copy the checkpoint's tensor, or its region, in, converting dtype and device."""
         self.into.copy_(tensor)
