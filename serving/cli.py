@@ -24,6 +24,12 @@ ModelArgument = Annotated[
 Stages = Annotated[
     int, typer.Option(help="Pipeline stages: processes that each hold a run of layers.")
 ]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        help="Ranks of a stage: processes that share out every layer between them, a GPU each."
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(help="auto (as the checkpoint says), float32, bfloat16 or float16.")
 ]
@@ -65,7 +71,7 @@ Seed = Annotated[
     int, typer.Option(help="Seed of random weights (--load-format dummy); requests have their own.")
 ]
 Threads = Annotated[
-    int, typer.Option(help="Compute threads of each stage; 0: the cores are shared out.")
+    int, typer.Option(help="Compute threads of each rank; 0: the cores are shared out.")
 ]
 
 
@@ -85,6 +91,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8100,
     pipeline_parallel_size: Stages = 1,
+    tensor_parallel_size: Ranks = 1,
     dtype: Dtype = "auto",
     served_model_name: Annotated[
         str, typer.Option(help="Name of the model in the API; default: the folder's name.")
@@ -126,6 +133,7 @@ def serve(
             model=folder,
             served_model_name=served_model_name or name,
             pipeline_parallel_size=pipeline_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
             dtype=dtype,
             load_format=load_format,
             max_model_len=max_model_len or None,

@@ -62,6 +62,9 @@ def bench(
     ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     pipeline_parallel_size: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Ranks of a stage, which share out every layer.")
+    ] = 1,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run at once.")] = 1024,
     max_num_batched_tokens: Annotated[
         int, typer.Option(help="Tokens in one micro-batch; `lectern serve` takes 512.")
@@ -90,7 +93,7 @@ def bench(
     ] = "classic",
     page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
     threads: Annotated[
-        int, typer.Option(help="Compute threads of each stage; 0: the cores are shared out.")
+        int, typer.Option(help="Compute threads of each rank; 0: the cores are shared out.")
     ] = 0,
     matmul: Annotated[
         bool | None,
@@ -125,6 +128,7 @@ def bench(
         kv_memory=kv_memory,
         engine={
             "pipeline_parallel_size": pipeline_parallel_size,
+            "tensor_parallel_size": tensor_parallel_size,
             "dtype": dtype,
             "load_format": load_format,
             "max_num_seqs": max_num_seqs,
@@ -203,7 +207,7 @@ async def _bench(settings: Settings) -> None:
             head = {
                 "engine": "lectern",
                 "pp": settings.engine["pipeline_parallel_size"],
-                "tp": 1,
+                "tp": settings.engine["tensor_parallel_size"],
                 "model": name,
                 "load": load.text,
             }
