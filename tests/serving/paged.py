@@ -10,7 +10,9 @@ from torch import Tensor
 
 from serving.attention import StepInputs
 from serving.config.model import ModelConfig
+from serving.config.shares import rank_config
 from serving.models import StageModel, build_stage
+from serving.transport.tensor_group import TensorGroup
 
 __all__ = ["PagedRun", "step_inputs"]
 
@@ -53,7 +55,10 @@ def step_inputs(
 
 
 class PagedRun:
-    """A model over one or several stages with its pages; sequences have scattered page tables."""
+    """A model over one or several stages with its pages; sequences have scattered page tables.
+
+    With a `group` it is one rank of every stage, and all ranks must do the same steps.
+    """
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class PagedRun:
         page_size: int = 16,
         pages: int = 96,
         load_format: str = "auto",
+        group: TensorGroup | None = None,
     ) -> None:
         bounds = bounds or (0, config.num_layers)
         self.config, self.page_size = config, page_size
@@ -78,9 +84,11 @@ class PagedRun:
                     dtype=dtype,
                     device="cpu",
                     load_format="dummy" if load_format == "dummy" else "auto",
+                    group=group,
                 )
             )
-        shape = config.kv_shape(pages, page_size)
+        own = config if group is None else rank_config(config, group.size)
+        shape = own.kv_shape(pages, page_size)
         # Slots never written hold what would spoil any sum that read them unmasked.
         self.kv = [
             [torch.full(shape, torch.nan, dtype=dtype) for _ in stage.layers]
