@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from serving.kernels.device import gpu_kernels
 from serving.kernels.library import MatrixFields, native
 from serving.kernels.memory import large_zeros
 
-__all__ = ["NativeLinear", "OnednnLinear", "PackedLinear", "pack_linear"]
+__all__ = ["GpuLinear", "NativeLinear", "OnednnLinear", "PackedLinear", "pack_linear"]
 
 
 class PackedLinear:
@@ -52,6 +53,19 @@ class PackedLinear:
     def nbytes(self) -> int:
         """Bytes of the weight's values (a layout may add a little padding)."""
         return self.out_features * self.in_features * self.dtype.itemsize
+
+
+class GpuLinear(PackedLinear):
+    """Half precision on a GPU: products of few rows, which the memory bounds, by our own kernel."""
+
+    kind = "gpu"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kernels = gpu_kernels()
+        if kernels is None or x.dim() != 2 or not 0 < x.shape[0] <= kernels.MOST_ROWS:
+            return super().__call__(x)
+        product: Tensor = kernels.skinny_linear(x, self._weight, self.bias)
+        return product
 
 
 class NativeLinear(PackedLinear):
@@ -155,6 +169,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     if weight.dim() != 2:
         raise ValueError(f"a weight matrix has two dimensions, this one {tuple(weight.shape)}")
     same = bias is None or (bias.dtype is weight.dtype and bias.is_contiguous())
+    if weight.is_cuda and weight.dtype.itemsize == 2 and same and gpu_kernels() is not None:
+        return GpuLinear(weight, bias)
     if weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and same and weight.numel():
         if native() is not None:
             return NativeLinear(weight, bias)

@@ -17,6 +17,7 @@ from serving.kernels.triton.attention import (
     share_room,
 )
 from serving.kernels.triton.sampling import draw_tokens, enter_pages, resolve_tokens
+from serving.kernels.triton.skinny import MOST_ROWS, skinny_linear
 from serving.kernels.triton.tokenwise import (
     add_rms_norm,
     rms_norm,
@@ -25,6 +26,7 @@ from serving.kernels.triton.tokenwise import (
 )
 
 __all__ = [
+    "MOST_ROWS",
     "DecodeShape",
     "PrefillShape",
     "add_rms_norm",
@@ -41,4 +43,5 @@ __all__ = [
     "rotary_and_write_kv",
     "share_room",
     "silu_and_mul",
+    "skinny_linear",
 ]

@@ -83,3 +83,16 @@ def test_shares_cover_every_key_once(kernels: ModuleType) -> None:
             first, last = starts[sequence : sequence + 2]
             parts = [-1] if len(own) == 1 else list(range(first, last))
             assert own[:, 3].tolist() == parts
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "bias"),
+    [(1, 64, 256, False), (5, 100, 200, True), (16, 640, 512, True), (17, 72, 1100, False)],
+)
+def test_skinny_linear(
+    kernels: ModuleType, rows: int, columns: int, width: int, bias: bool
+) -> None:
+    """Split in shares of k, with and without a rest; the last of a block adds in one order."""
+    checks.check_skinny_linear(
+        kernels, "cpu", torch.float32, rows=rows, columns=columns, width=width, bias=bias
+    )

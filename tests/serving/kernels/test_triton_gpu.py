@@ -53,3 +53,27 @@ def test_rotary(
 @pytest.mark.parametrize("vocab", [100, 5000, 151_936])
 def test_drawing(kernels: ModuleType, vocab: int) -> None:
     checks.check_draw(kernels, "cuda", vocab)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 32])
+@pytest.mark.parametrize(
+    ("columns", "width"), [(96, 64), (4096, 4096), (5120, 25600), (6144, 4096), (20000, 1000)]
+)
+def test_skinny_linear(
+    kernels: ModuleType, dtype: torch.dtype, rows: int, columns: int, width: int
+) -> None:
+    for bias in (False, True):
+        checks.check_skinny_linear(
+            kernels, "cuda", dtype, rows=rows, columns=columns, width=width, bias=bias
+        )
+
+
+def test_linear_takes_the_skinny_kernel_for_few_rows(kernels: ModuleType) -> None:
+    from serving.kernels import pack_linear
+
+    weight = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16)
+    packed = pack_linear(weight.clone())
+    for rows in (1, kernels.MOST_ROWS, kernels.MOST_ROWS + 1):
+        x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
+        checks.close(packed(x), x.double() @ weight.double().T, checks.bound_of(torch.bfloat16))

@@ -187,3 +187,25 @@ def check_draw(kernels: ModuleType, device: str, vocab: int = 5000) -> None:
     ids = torch.tensor([5, -1 - int(slots[3]), 0, -1 - int(slots[0])], dtype=torch.int32)
     resolved = kernels.resolve_tokens(ids.to(device), last)
     assert resolved.tolist() == [5, int(expected[3]), 0, int(expected[0])]
+    kernels.keep_tokens(
+        slots[2:5].to(device), torch.arange(7, 10, dtype=torch.int32).to(device), last
+    )
+    assert last.cpu()[slots[2:5].long()].tolist() == [7, 8, 9]
+    assert last.cpu()[slots[5:].long()].tolist() == expected[5:].tolist()
+
+
+def check_skinny_linear(
+    kernels: ModuleType, device: str, dtype: torch.dtype, *, rows: int, columns: int, width: int,
+    bias: bool,
+) -> None:  # fmt: skip
+    """Twice, since the counters of split products must be back at zero; rows have a stride."""
+    torch.manual_seed(rows + columns)
+    x = torch.randn(rows, width + 16, dtype=torch.float64)[:, :width]
+    weight = torch.randn(columns, width, dtype=torch.float64) / width**0.5
+    offset = torch.randn(columns, dtype=torch.float64) if bias else None
+    here = [None if part is None else part.to(dtype).to(device) for part in (x, weight, offset)]
+    expected = torch.nn.functional.linear(*(None if p is None else p.double() for p in here))
+    first = kernels.skinny_linear(*here)
+    second = kernels.skinny_linear(*here)
+    close(first, expected, bound_of(dtype))
+    assert torch.equal(first, second)
