@@ -52,6 +52,21 @@ KvMemory = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")]
+Devices = Annotated[
+    str,
+    typer.Option(
+        help="One torch device a stage, such as cuda:0,cuda:1; stages may share one. Default: as "
+        "--device says.",
+        show_default=False,
+    ),
+]
+StageTransport = Annotated[
+    str,
+    typer.Option(
+        help="How stages on GPUs are linked: peer (copies into the neighbour's memory), nccl, or "
+        "auto (peer where the machine allows it)."
+    ),
+]
 GpuMemory = Annotated[
     float, typer.Option(help="Share of a GPU's memory that the engine may use in all.")
 ]
@@ -62,9 +77,29 @@ CudaGraphs = Annotated[
 Policy = Annotated[
     str,
     typer.Option(
-        help="classic fills every micro-batch; steady lets prompts ride along with decodes in "
-        "small pieces while few wait."
+        help="throttle meters prompt tokens and decodes apart, so that all micro-batches cost "
+        "alike; classic fills every micro-batch; steady lets prompts ride along with decodes in "
+        "small pieces while few wait; auto is throttle for several stages, classic for one."
     ),
+]
+PrefillSpread = Annotated[
+    int,
+    typer.Option(
+        help="For throttle: 2,048 waiting prompt tokens are spread over so many micro-batches, "
+        "four times as many tokens over twice as many. More lets decodes come more evenly, less "
+        "brings first tokens sooner."
+    ),
+]
+PrefillFloor = Annotated[
+    int,
+    typer.Option(
+        help="For throttle: prompt tokens may always fill a micro-batch up to so many tokens, "
+        "decodes counted, as its time hardly grows until then."
+    ),
+]
+MaxRows = Annotated[
+    int,
+    typer.Option(help="Decodes and prompts together in one micro-batch; 0: as --max-num-seqs."),
 ]
 PageSize = Annotated[int, typer.Option(help="Tokens in one KV page, a power of two.")]
 Seed = Annotated[
@@ -105,9 +140,14 @@ def serve(
     num_kv_pages: KvPages = 0,
     kv_memory: KvMemory = "",
     device: Device = "auto",
+    devices: Devices = "",
+    transport: StageTransport = "auto",
     gpu_memory_utilization: GpuMemory = 0.9,
     cuda_graphs: CudaGraphs = True,
-    schedule_policy: Policy = "classic",
+    schedule_policy: Policy = "auto",
+    prefill_spread: PrefillSpread = 10,
+    prefill_floor: PrefillFloor = 128,
+    max_num_batched_rows: MaxRows = 0,
     page_size: PageSize = 16,
     enable_prefix_caching: Annotated[
         bool,
@@ -142,9 +182,14 @@ def serve(
             num_kv_pages=num_kv_pages or None,
             kv_memory=parse_size(kv_memory, "--kv-memory") if kv_memory else None,
             device=device,
+            devices=parse_devices(devices),
+            transport=transport,
             gpu_memory_utilization=gpu_memory_utilization,
             cuda_graphs=cuda_graphs,
             schedule_policy=schedule_policy,
+            prefill_spread=prefill_spread,
+            prefill_floor=prefill_floor,
+            max_num_batched_rows=max_num_batched_rows or None,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
             threads=threads or None,
@@ -194,6 +239,11 @@ def parse_size(text: str, flag: str) -> int:
     if found is None:
         raise ConfigError(f"{flag} must be a size such as 512M or 4G, not {text!r}.", flag)
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def parse_devices(text: str) -> list[str] | None:
+    """The names in a list such as cuda:0,cuda:1; None for an empty one."""
+    return [name.strip() for name in text.split(",")] if text else None
 
 
 def _home() -> Path:

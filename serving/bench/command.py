@@ -80,6 +80,16 @@ def bench(
     device: Annotated[
         str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")
     ] = "auto",
+    devices: Annotated[
+        str,
+        typer.Option(
+            help="One torch device a stage, such as cuda:0,cuda:1; stages may share one.",
+            show_default=False,
+        ),
+    ] = "",
+    transport: Annotated[
+        str, typer.Option(help="How stages on GPUs are linked: auto, peer or nccl.")
+    ] = "auto",
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Share of a GPU's memory that the engine may use in all.")
     ] = 0.9,
@@ -89,8 +99,20 @@ def bench(
     ] = True,
     schedule_policy: Annotated[
         str,
-        typer.Option(help="classic fills every micro-batch; steady takes prompts in small pieces."),
-    ] = "classic",
+        typer.Option(
+            help="throttle, classic or steady, as for `lectern serve`; auto is throttle for "
+            "several stages, classic for one."
+        ),
+    ] = "auto",
+    prefill_spread: Annotated[
+        int, typer.Option(help="For throttle: micro-batches for 2,048 waiting prompt tokens.")
+    ] = 10,
+    prefill_floor: Annotated[
+        int, typer.Option(help="For throttle: tokens that a micro-batch may always have.")
+    ] = 128,
+    max_num_batched_rows: Annotated[
+        int, typer.Option(help="Rows of one micro-batch; 0: as --max-num-seqs.")
+    ] = 0,
     page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
     threads: Annotated[
         int, typer.Option(help="Compute threads of each rank; 0: the cores are shared out.")
@@ -114,7 +136,7 @@ def bench(
     prompt and eight tokens out instead.
     """
     from serving.bench.targets import BenchError
-    from serving.cli import fail
+    from serving.cli import fail, parse_devices
 
     fixed = all(text.startswith("fixed-") for text in load)
     settings = Settings(
@@ -136,9 +158,14 @@ def bench(
             "max_model_len": max_model_len or None,
             "page_size": page_size,
             "device": device,
+            "devices": parse_devices(devices),
+            "transport": transport,
             "gpu_memory_utilization": gpu_memory_utilization,
             "cuda_graphs": cuda_graphs,
             "schedule_policy": schedule_policy,
+            "prefill_spread": prefill_spread,
+            "prefill_floor": prefill_floor,
+            "max_num_batched_rows": max_num_batched_rows or None,
             "threads": threads or None,
         },
     )

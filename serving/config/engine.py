@@ -22,7 +22,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `layer_layout` gives the number of layers of each stage. `devices` names one torch device a
     rank, those of stage 0 first. `threads` is the number of compute threads a rank; by default the
     cores are shared out. `step_timeout` seconds without a result of a running micro-batch mean that
-    a stage hangs.
+    a stage hangs. `transport` links stages on GPUs: auto is peer where the machine allows it, else
+    nccl.
     """
 
     model: Path
@@ -47,6 +48,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     seed: int = 0
     layer_layout: list[int] | None = None
     devices: list[str] | None = None
+    transport: Literal["auto", "peer", "nccl"] = "auto"
     threads: int | None = None
     step_timeout: float = 600.0
 
@@ -72,6 +74,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         if self.kv_memory is not None:
             _check_int(self.kv_memory, 1, 1 << 60, "--kv-memory")
         _check_choice(self.device, ("auto", "cpu", "cuda"), "--device")
+        _check_choice(self.transport, ("auto", "peer", "nccl"), "--transport")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 "--gpu-memory-utilization must be above 0 and at most 1, not "

@@ -16,7 +16,7 @@ from serving.config.engine import GIB
 from serving.config.model import ModelConfig
 from serving.config.shares import rank_config
 from serving.core import StepPlan
-from serving.errors import ConfigError, EngineDeadError
+from serving.errors import EngineDeadError
 from serving.messages import (
     AllocateKv,
     FromStage,
@@ -30,10 +30,11 @@ from serving.messages import (
 from serving.models import build_stage
 from serving.sampling import SampleOutput, Sampler
 from serving.stage.clock import StageClock
+from serving.stage.devices import choose_device, workers_on
 from serving.stage.inputs import InputBuilder
 from serving.stage.links import DriverLinks
 from serving.stage.mirror import Mirror, Rows
-from serving.transport.base import Transport
+from serving.transport.base import StreamTransport, Transport
 from serving.weights import LoadProgress
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ class StageWorker:
         self._links = links
         whole = ModelConfig.from_folder(spec.config.model)
         self._model_config = rank_config(whole, self._ranks)
-        self._device = self._choose_device()
+        self._device = choose_device(spec.config, self._stage, self._rank)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         self._group = self._meet_ranks(spec)
         name = self._model_config.dtype if spec.config.dtype == "auto" else spec.config.dtype
         self._dtype: torch.dtype = getattr(torch, name)
@@ -80,19 +83,12 @@ class StageWorker:
             progress=self._report_loading if self._rank == 0 else None,
             group=self._group,
         )
-        self._transport = self._make_transport(spec)
+        self._transport: Transport | None = None
         self._gpu: GpuStage | None = None
         if self._device.type == "cuda":
-            from serving.stage.gpu.stage import GpuStage
-
-            sender = links.another()
-            self._gpu = GpuStage(
-                self._model,
-                spec.config,
-                self._model_config,
-                send=sender.send if self._rank == 0 else _not_sent,
-                failed=lambda what: sender.fail(self._stage, what, self._rank),
-            )
+            self._gpu = self._make_gpu_stage(spec)
+        else:
+            self._transport = self._make_transport(spec)
         self._sampler: Sampler | None = None
         self._clock = StageClock()
         self._expected: deque[tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]] = deque()
@@ -224,25 +220,6 @@ class StageWorker:
             StageProgress(self._stage, f"stage {self._stage}: loading weights, {progress}")
         )
 
-    def _choose_device(self) -> torch.device:
-        """A GPU where there is one, unless the configuration says otherwise."""
-        name = self._config.stage_device(self._stage, self._rank)
-        if name == "auto":
-            # Several stages on GPUs need a transport of their own.
-            alone = self._last == 0 and torch.cuda.is_available()
-            name = f"cuda:{self._stage * self._ranks + self._rank}" if alone else "cpu"
-        device = torch.device(name)
-        if device.type == "cuda":
-            if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-                ranked = f"Rank {self._rank} of stage" if self._ranks > 1 else "Stage"
-                raise ConfigError(
-                    f"{ranked} {self._stage} is to run on {name}, which torch does not find here; "
-                    "check the driver with nvidia-smi, or use --device cpu.",
-                    "--device",
-                )
-            torch.cuda.set_device(device)
-        return device
-
     def _meet_ranks(self, spec: StageSpec) -> TensorGroup | None:
         if self._ranks == 1:
             return None
@@ -253,12 +230,6 @@ class StageWorker:
     def _make_transport(self, spec: StageSpec) -> Transport | None:
         if self._last == 0:
             return None
-        if self._device.type != "cpu":
-            raise ConfigError(
-                f"Pipeline stages on {self._device.type} need a transport that is not built yet; "
-                "use --pipeline-parallel-size 1 there, or stages on cpu.",
-                "--pipeline-parallel-size",
-            )
         from serving.transport.gloo import GlooTransport
 
         return GlooTransport(
@@ -269,6 +240,48 @@ class StageWorker:
             hidden_size=self._model_config.hidden_size,
             dtype=self._dtype,
         )
+
+    def _make_gpu_stage(self, spec: StageSpec) -> GpuStage:
+        from serving.stage.gpu.stage import GpuStage
+
+        stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(stream)
+        sharing = workers_on(spec.config, self._device)
+        sender = self._links.another()
+        return GpuStage(
+            self._model,
+            spec.config,
+            self._model_config,
+            stream=stream,
+            stage=self._stage,
+            transport=self._link_gpus(spec, stream, sharing > 1) if self._last > 0 else None,
+            sharing=sharing,
+            send=sender.send if self._rank == 0 else _not_sent,
+            failed=lambda what: sender.fail(self._stage, what, self._rank),
+        )
+
+    def _link_gpus(
+        self, spec: StageSpec, stream: torch.cuda.Stream, shared: bool
+    ) -> StreamTransport:
+        """Every rank has a pipeline of its own: hidden rows are whole on all ranks of a stage."""
+        from serving.transport.connect import StoreExchange, connect_stages
+
+        stages = spec.layout.num_stages
+        transport, sentence = connect_stages(
+            spec.config.transport,
+            self._stage,
+            stages,
+            stream,
+            StoreExchange(f"{spec.directory}/rendezvous-{self._rank}", stages),
+            max_tokens=spec.config.max_num_batched_tokens,
+            hidden_size=self._model_config.hidden_size,
+            dtype=self._dtype,
+            max_rows=spec.config.max_num_seqs,
+            shared=shared,
+        )
+        if self._rank == 0:
+            self._links.send(StageProgress(self._stage, f"stage {self._stage}: {sentence}"))
+        return transport
 
     def _max_pages(self) -> int:
         """Pages that this rank's part of the KV memory holds, at least 1."""

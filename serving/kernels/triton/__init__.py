@@ -18,6 +18,7 @@ from serving.kernels.triton.attention import (
 )
 from serving.kernels.triton.sampling import draw_tokens, enter_pages, resolve_tokens
 from serving.kernels.triton.skinny import MOST_ROWS, skinny_linear
+from serving.kernels.triton.tokens import keep_tokens
 from serving.kernels.triton.tokenwise import (
     add_rms_norm,
     rms_norm,
@@ -34,6 +35,7 @@ __all__ = [
     "decode_shares",
     "draw_tokens",
     "enter_pages",
+    "keep_tokens",
     "paged_decode",
     "paged_prefill",
     "prefill_shape",

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from serving.errors import ConfigError, EngineDeadError
 
-__all__ = ["GRAPH_RESERVE", "MemoryPlan", "device_tensor"]
+__all__ = ["GRAPH_RESERVE", "MemoryPlan", "device_tensor", "memory_plan"]
 
 GIB = 1 << 30
 #: Bytes kept for recorded steps: their activations, and the driver's copy of every launch.
 GRAPH_RESERVE = 1 * GIB
+#: About what a process takes of a GPU before it allocates anything, its kernels included.
+_PROCESS = GIB * 3 // 4
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,22 @@ class MemoryPlan:
     total: int
     utilization: float
     taken: int
-    """In use once the weights are loaded, other processes' memory included."""
+    """In use once the weights are loaded, other processes' memory included; where stages share the
+    GPU, this stage's own alone."""
     step: int
     """The most that one step needs on top, measured on a worst case."""
+    sharing: int = 1
+    """Stages that use this GPU; each gets as much of it as the others."""
 
     @property
     def kv(self) -> int:
         """Bytes for the KV cache. Raises ConfigError if none are left."""
-        left = int(self.total * self.utilization) - self.taken - self.step - GRAPH_RESERVE
+        share = int(self.total * self.utilization) // self.sharing
+        left = share - self.taken - self.step - GRAPH_RESERVE
         if left <= 0:
             raise ConfigError(
-                f"The GPU has no memory left for the KV cache: of {self.total / GIB:.1f} GiB times "
-                f"--gpu-memory-utilization {self.utilization:g}, weights and other processes take "
+                f"The GPU has no memory left for the KV cache: of {self._share_words()}, taken "
+                f"from --gpu-memory-utilization, weights and other processes take "
                 f"{self.taken / GIB:.1f} GiB and a step {self.step / GIB:.1f} GiB; lower "
                 "--max-num-batched-tokens or --max-num-seqs, or use more GPUs.",
                 "--gpu-memory-utilization",
@@ -45,10 +51,24 @@ class MemoryPlan:
     def sentence(self) -> str:
         """Why the KV cache has the size it has."""
         return (
-            f"{self.total / GIB:.1f} GiB of GPU memory x {self.utilization:g}, less "
+            f"{self._share_words()}, less "
             f"{self.taken / GIB:.1f} in use after loading, {self.step / GIB:.1f} for a step and "
             f"{GRAPH_RESERVE / GIB:.1f} for recorded steps: {self.kv / GIB:.1f} GiB for KV"
         )
+
+    def _share_words(self) -> str:
+        words = f"{self.total / GIB:.1f} GiB of GPU memory x {self.utilization:g}"
+        return words if self.sharing == 1 else f"{words} / {self.sharing} stages"
+
+
+def memory_plan(
+    total: int, utilization: float, *, taken: int, own: int, step: int, sharing: int
+) -> MemoryPlan:
+    """`taken` is in use on the GPU in all; `own` is what this stage holds for certain: weights and
+    links. Of a shared GPU the other stages' part changes while they load, so only `own` counts."""
+    if sharing > 1:
+        taken = own + _PROCESS
+    return MemoryPlan(total, utilization, taken, step, sharing)
 
 
 class _Allocation:

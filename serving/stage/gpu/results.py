@@ -7,25 +7,94 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from serving.messages import StageSeconds
+from serving.messages import StageSeconds, StepResult
 
-__all__ = ["PendingResult", "ResultThread"]
+__all__ = ["PendingResult", "ResultThread", "StepTimes", "to_host"]
+
+Wait = Literal["wait_input", "wait_link"]
+_CLOSE_SECONDS = 1.0
+
+
+class StepTimes:
+    """When the device came to the beginning of a step, to each wait in it, and to its end."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._waits: list[tuple[Wait, torch.cuda.Event, torch.cuda.Event]] = []
+        self._started = self._mark()
+        self._ended: torch.cuda.Event | None = None
+
+    @contextmanager
+    def waiting(self, kind: Wait) -> Iterator[None]:
+        """What is launched inside makes the stream wait."""
+        before = self._mark()
+        yield
+        self._waits.append((kind, before, self._mark()))
+
+    def end(self) -> None:
+        self._ended = self._mark()
+
+    def synchronize(self) -> None:
+        """Wait for the end of the step."""
+        if self._ended is None:
+            raise AssertionError("a step ends before anybody waits for it")
+        self._ended.synchronize()
+
+    def add_to(self, seconds: StageSeconds) -> None:
+        """Once it ended: busy is what is not spent in waits."""
+        if self._ended is None:
+            raise AssertionError("a step ends before it is counted")
+        busy = self._started.elapsed_time(self._ended)
+        for kind, before, after in self._waits:
+            spent = before.elapsed_time(after)
+            busy -= spent
+            setattr(seconds, kind, getattr(seconds, kind) + spent / 1000)
+        seconds.busy += busy / 1000
+
+    def _mark(self) -> torch.cuda.Event:
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
 
 
 @dataclass
 class PendingResult:
-    """A launched micro-batch: `arrays` are pinned copies that are whole once `done` has passed."""
+    """A launched micro-batch: `arrays` are pinned copies that are whole once it ended."""
 
     number: int
-    done: torch.cuda.Event
-    launched: float
+    times: StepTimes
     arrays: list[Tensor] = field(default_factory=list)
+    """Tokens; where a row asked for them, log probabilities, most likely ids, and theirs."""
+
+    def message(self) -> StepResult:
+        """What the driver is told."""
+        data = [array.numpy().tobytes() for array in self.arrays]
+        if len(data) <= 1:
+            return StepResult(number=self.number, tokens=data[0] if data else b"")
+        tokens, logprobs, top_ids, top_logprobs = data
+        return StepResult(
+            number=self.number,
+            tokens=tokens,
+            logprobs=logprobs,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            top_k=self.arrays[2].shape[1],
+        )
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A pinned copy, whole once the stream has come past it."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    return pinned
 
 
 class ResultThread:
@@ -40,8 +109,8 @@ class ResultThread:
     ) -> None:
         self._send, self._failed = send, failed
         self._queue: queue.SimpleQueue[PendingResult | None] = queue.SimpleQueue()
-        self._busy = 0.0
-        self._finished = self._started = time.perf_counter()
+        self._seconds = StageSeconds()
+        self._started = time.perf_counter()
         self._thread = threading.Thread(target=self._run, daemon=True, name="results")
         self._thread.start()
 
@@ -49,25 +118,31 @@ class ResultThread:
         self._queue.put(result)
 
     def seconds(self) -> StageSeconds:
-        """busy: from the launch of a step, or the end of the one before it, to its end."""
-        total = time.perf_counter() - self._started
-        return StageSeconds(busy=self._busy, idle=max(0.0, total - self._busy))
+        """From the device's own clock: from the moment it came to a step to the step's end."""
+        found = self._seconds
+        spent = found.busy + found.wait_input + found.wait_link
+        idle = time.perf_counter() - self._started - spent
+        return StageSeconds(
+            busy=found.busy,
+            wait_input=found.wait_input,
+            wait_link=found.wait_link,
+            idle=max(0.0, idle),
+        )
 
     def restart_clock(self) -> None:
-        self._busy, self._started = 0.0, time.perf_counter()
+        self._seconds, self._started = StageSeconds(), time.perf_counter()
 
     def close(self) -> None:
-        """Send what is finished, and end."""
+        """Send what is finished, and end. A step may wait for a dead neighbour for ever: then the
+        thread is left behind."""
         self._queue.put(None)
-        self._thread.join(timeout=5.0)
+        self._thread.join(timeout=_CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
             while (result := self._queue.get()) is not None:
-                result.done.synchronize()
-                now = time.perf_counter()
-                self._busy += now - max(result.launched, self._finished)
-                self._finished = now
+                result.times.synchronize()
+                result.times.add_to(self._seconds)
                 self._send(result)
         except Exception as error:
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""A stage's steps on one GPU: stage inputs, launch layers, launch the drawing, pass results on."""
+"""A stage's steps on its GPU: stage inputs, launch layers, launch the drawing, pass results on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from serving.kernels.device import gpu_kernels
 from serving.messages import StageSeconds, StepResult
 from serving.models import StageModel
 from serving.sampling import SampleOutput, Sampler
+from serving.stage.gpu.flow import Flow
 from serving.stage.gpu.graphs import BUCKETS, StepGraphs, bucket_of
-from serving.stage.gpu.memory import MemoryPlan, device_tensor
-from serving.stage.gpu.results import PendingResult, ResultThread
+from serving.stage.gpu.memory import MemoryPlan, device_tensor, memory_plan
+from serving.stage.gpu.results import PendingResult, ResultThread, StepTimes, to_host
 from serving.stage.gpu.staging import Cut, PageEntries, Size, Staging
 from serving.stage.mirror import Rows
+from serving.transport.base import StreamTransport
 
 __all__ = ["GpuStage"]
 
@@ -35,11 +37,12 @@ _ENTRIES = 1 << 14
 
 
 class GpuStage:
-    """The whole model on one GPU; `step` only launches.
+    """A run of layers on one GPU; `step` only launches.
 
-    Work runs on one stream of this stage, made current for the launching thread. The page table
-    lies on the device by slot and follows the plans' deltas; sampled tokens stay on the device, in
-    `last_tokens` by slot, so a decode is launched before anybody has seen its token.
+    Work runs on one stream of this stage, which must be the launching thread's current one. The
+    page table lies on the device by slot and follows the plans' deltas; sampled tokens stay on the
+    device, in `last_tokens` by slot, so a decode is launched before anybody has seen its token.
+    `transport` links the stages where there are several; `sharing` of them use this GPU.
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class GpuStage:
         config: EngineConfig,
         model_config: ModelConfig,
         *,
+        stream: torch.cuda.Stream,
+        stage: int,
+        transport: StreamTransport | None,
+        sharing: int,
         send: Callable[[StepResult], None],
         failed: Callable[[str], None],
     ) -> None:
@@ -59,11 +66,10 @@ class GpuStage:
                 "--device",
             )
         self._kernels = kernels
+        self._transport, self._sharing = transport, sharing
         self._model, self._config, self._model_config = model, config, model_config
         self._device, self._dtype = model.device, model.dtype
-        self._send = send
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        torch.cuda.set_stream(self._stream)
+        self._send, self._stream = send, stream
         heads, kv_heads = model_config.num_heads, model_config.num_kv_heads
         self._shape = (heads, kv_heads, model_config.head_dim, self._dtype)
         self._short_tile = kernels.prefill_shape(*self._shape, longest=0)
@@ -73,16 +79,23 @@ class GpuStage:
         self._max_tokens, self._slots = config.max_num_batched_tokens, config.max_num_seqs
         # One slot more than there are sequences takes what padding rows draw.
         self._last_tokens = torch.zeros(self._slots + 1, dtype=torch.int32, device=self._device)
-        self._sampler = Sampler(
-            model_config.vocab_size, self._slots, self._device, model_config.eos_token_ids
-        )
+        self._sampler: Sampler | None = None
+        if model.last:
+            self._sampler = Sampler(
+                model_config.vocab_size, self._slots, self._device, model_config.eos_token_ids
+            )
+        self._stages = config.pipeline_parallel_size
+        self._flow: Flow | None = None
+        if transport is not None:
+            self._flow = Flow(transport, stage, self._stages, kernels, self._last_tokens)
         self._graphs = StepGraphs(self._stream)
         self._results = ResultThread(self._deliver, failed)
         self._kv: list[Tensor] = []
         self._steps = self._replayed = 0
 
     @property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Sampler | None:
+        """On the last stage."""
         return self._sampler
 
     # ---- start
@@ -104,18 +117,24 @@ class GpuStage:
         # All zero: one sequence of no keys whose tokens are written nowhere that matters.
         self._run_body(size, 0)
         self._run_body(size, 0, longest=1 << 30)
-        rows = self._slots
-        hidden = torch.zeros(rows, self._model_config.hidden_size, dtype=self._dtype,
-                             device=self._device)  # fmt: skip
-        logits = self._model.scores(hidden)
-        # The sampler for rows with filters works in float32 with a few copies.
-        spare = torch.empty(4 * logits.numel(), dtype=torch.float32, device=self._device)
+        if self._model.last:
+            logits = self._model.scores(self._drawn_rows)
+            # The sampler for rows with filters works in float32 with a few copies.
+            spare = torch.empty(4 * logits.numel(), dtype=torch.float32, device=self._device)
+            del logits, spare
         self._stream.synchronize()
-        del hidden, logits, spare
         peak = torch.cuda.max_memory_allocated(self._device) - before
         self._kv = []
         torch.cuda.empty_cache()
-        return MemoryPlan(total, self._config.gpu_memory_utilization, total - free, peak)
+        links = 0 if self._transport is None else self._transport.device_bytes
+        return memory_plan(
+            total,
+            self._config.gpu_memory_utilization,
+            taken=total - free,
+            own=before + links,
+            step=peak,
+            sharing=self._sharing,
+        )
 
     @torch.inference_mode()
     def allocate(self, num_pages: int, max_model_len: int) -> None:
@@ -143,12 +162,21 @@ class GpuStage:
             self._room(max(self._slots, BUCKETS[-1])),
             -(-self._max_tokens // self._tile_tokens) + self._slots + _MIXED_PREFILLS,
         )
-        self._staging = Staging(most, self._slots, _ENTRIES, self._device)
-        hidden = self._model_config.hidden_size
+        last = self._model.last
+        # More host buffers than the micro-batches that can be in flight.
+        self._staging = Staging(
+            most, self._slots if last else 0, _ENTRIES, self._device, self._stages + 3
+        )
         top = min(BUCKETS[-1], self._max_tokens)
-        self._hidden = torch.zeros(top, hidden, dtype=self._dtype, device=self._device)
-        self._drawn_rows = torch.zeros(self._slots, hidden, dtype=self._dtype, device=self._device)
-        self._drawn = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
+        self._hidden = self._hidden_rows(top)
+        self._incoming = None if self._model.first else self._hidden_rows(self._max_tokens)
+        if last:
+            self._drawn_rows = self._hidden_rows(self._slots)
+            self._drawn = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
+
+    def _hidden_rows(self, count: int) -> Tensor:
+        width = self._model_config.hidden_size
+        return torch.zeros(count, width, dtype=self._dtype, device=self._device)
 
     def _record(self) -> None:
         """The largest first, so that all others fit into its memory."""
@@ -160,7 +188,7 @@ class GpuStage:
                 mixed = self._mixed_size(bucket)
                 if mixed is not None:
                     self._graphs.record("body", mixed, partial(self._replayable, mixed))
-            if bucket <= self._slots:
+            if bucket <= self._slots and self._model.last:
                 self._graphs.record("draw", bucket, partial(self._draw, bucket))
 
     def _mixed_size(self, bucket: int) -> Size | None:
@@ -180,34 +208,15 @@ class GpuStage:
     @torch.inference_mode()
     def step(self, rows: Rows, plan: StepPlan) -> None:
         """Launch a micro-batch; its result follows from another thread."""
-        launched = time.perf_counter()
-        words = self._staging.open()
         size, cut, recorded = self._size(rows)
+        # Host work is done before the device comes to this step, as a rule.
+        words = self._staging.open()
         self._staging.fill_body(words, size, rows, cut)
-        entries = _page_entries(plan)
-        count = len(entries.slots)
-        if count <= self._staging.max_entries:
-            self._staging.fill_entries(words, size, entries)
-        sampled = len(rows.sampled_slots)
-        plain = self._sampler.plain(rows.sampled_slots, rows.sampled_positions)
-        if plain is not None:
-            self._staging.fill_drawing(
-                words, plain.uniform, plain.temperature, rows.sampled_tokens, rows.sampled_slots,
-                self._slots,
-            )  # fmt: skip
-        else:
-            empty = np.zeros(sampled)
-            self._staging.fill_drawing(
-                words, empty, empty.astype(np.float32), rows.sampled_tokens, rows.sampled_slots,
-                self._slots,
-            )  # fmt: skip
-        if count > self._staging.max_entries:
-            self._staging.send(size, 0)
-            self._enter_many(entries)
-        else:
-            self._staging.send(size, count)
-            if count:
-                self._kernels.enter_pages(self._staging.entries(size, count), self._tables)
+        plain = self._fill_drawing(words, rows)
+        times = StepTimes(self._stream)
+        self._enter_entries(words, size, _page_entries(plan))
+        if self._flow is not None:
+            self._flow.enter(rows, self._incoming, times)
 
         self._steps += 1
         if recorded and self._graphs.replay("body", size):
@@ -216,13 +225,49 @@ class GpuStage:
         else:
             hidden = self._run_body(size, rows.num_decodes, int(rows.context_lens.max()))
         arrays: list[Tensor] = []
-        if sampled and plain is not None:
-            arrays = [self._draw_plain(hidden, sampled)]
+        sampled = len(rows.sampled_slots)
+        if not self._model.last:
+            if self._flow is None:
+                raise AssertionError("a stage before the last has a transport")
+            self._flow.leave(rows, hidden, times)
         elif sampled:
-            arrays = self._draw_any(hidden, rows)
-        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(self._stream)
-        self._results.put(PendingResult(rows.number, done, launched, arrays))
+            more: list[Tensor] = []
+            if plain:
+                tokens = self._draw_plain(hidden, sampled)
+            else:
+                tokens, more = self._draw_any(hidden, rows)
+            if self._flow is not None:
+                slots = self._staging.drawing(sampled).slots
+                self._flow.give_tokens(rows.number, slots, tokens)
+            arrays = [to_host(tokens), *(to_host(array) for array in more)]
+        times.end()
+        self._results.put(PendingResult(rows.number, times, arrays))
+
+    def _fill_drawing(self, words: Any, rows: Rows) -> bool:
+        """Last stage: stage what drawing needs; whether a kernel can draw from the logits alone."""
+        if self._sampler is None:
+            return False
+        plain = self._sampler.plain(rows.sampled_slots, rows.sampled_positions)
+        uniform = np.zeros(len(rows.sampled_slots))
+        temperature = uniform.astype(np.float32)
+        if plain is not None:
+            uniform, temperature = plain.uniform, plain.temperature
+        self._staging.fill_drawing(
+            words, uniform, temperature, rows.sampled_tokens, rows.sampled_slots, self._slots
+        )
+        return plain is not None
+
+    def _enter_entries(self, words: Any, size: Size, entries: PageEntries) -> None:
+        """Send what is staged to the device, and bring its page table up to date."""
+        count = len(entries.slots)
+        if count > self._staging.max_entries:
+            self._staging.send(size, 0)
+            self._enter_many(entries)
+            return
+        self._staging.fill_entries(words, size, entries)
+        self._staging.send(size, count)
+        if count:
+            self._kernels.enter_pages(self._staging.entries(size, count), self._tables)
 
     def _size(self, rows: Rows) -> tuple[Size, Cut, bool]:
         """The size to run at, how attention is cut up, and whether it may have been recorded."""
@@ -261,7 +306,11 @@ class GpuStage:
 
     def _run_body(self, size: Size, decodes: int, longest: int = 0) -> Tensor:
         body = self._staging.body(size)
-        ids = self._kernels.resolve_tokens(body.ids, self._last_tokens)
+        ids, hidden = body.ids, None
+        if self._incoming is None:
+            ids = self._kernels.resolve_tokens(ids, self._last_tokens)
+        else:
+            hidden = self._incoming[: size.tokens]
         inputs = StepInputs(
             token_ids=ids,
             positions=body.positions,
@@ -278,13 +327,13 @@ class GpuStage:
                 body.shares, body.part_starts, body.tiles, self._tile_shape(longest)
             ),
         )
-        return self._model.forward(inputs, None, self._kv)
+        return self._model.forward(inputs, hidden, self._kv)
 
     def _replayable(self, size: Size) -> None:
         self._hidden[: size.tokens].copy_(self._run_body(size, size.sequences))
 
     def _draw_plain(self, hidden: Tensor, count: int) -> Tensor:
-        """Rows without filters: gather, head, draw; returns the tokens' pinned copy."""
+        """Rows without filters: gather, head, draw; returns the tokens [R] int32."""
         bucket = bucket_of(count) or count
         if bucket > self._slots:
             bucket = count
@@ -292,7 +341,7 @@ class GpuStage:
         torch.index_select(hidden, 0, drawing.rows, out=self._drawn_rows[:bucket])
         if not (self._graphs and self._graphs.replay("draw", bucket)):
             self._draw(bucket)
-        return _to_host(self._drawn[:count])
+        return self._drawn[:count]
 
     def _draw(self, count: int) -> None:
         drawing = self._staging.drawing(count)
@@ -302,8 +351,11 @@ class GpuStage:
             self._drawn[:count],
         )  # fmt: skip
 
-    def _draw_any(self, hidden: Tensor, rows: Rows) -> list[Tensor]:
-        """Rows with filters, penalties or log probabilities among them."""
+    def _draw_any(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, list[Tensor]]:
+        """Rows with filters, penalties or log probabilities among them: tokens [R] int32, and what
+        was asked for beside them."""
+        if self._sampler is None:
+            raise AssertionError("only the last stage samples")
         drawing = self._staging.drawing(len(rows.sampled_slots))
         logits = self._model.logits(hidden.index_select(0, drawing.rows))
         output: SampleOutput = self._sampler.sample(
@@ -311,12 +363,9 @@ class GpuStage:
         )
         tokens = output.token_ids.to(torch.int32)
         self._last_tokens.index_copy_(0, drawing.slots.long(), tokens)
-        arrays = [_to_host(tokens)]
         found = (output.logprobs, output.top_ids, output.top_logprobs)
-        for array in found:
-            if array is not None:
-                arrays.append(_to_host(array.int() if array.dtype is torch.int64 else array))
-        return arrays
+        more = [array for array in found if array is not None]
+        return tokens, [array.int() if array.dtype is torch.int64 else array for array in more]
 
     def _enter_many(self, entries: PageEntries) -> None:
         """More page-table entries than the staging buffer holds."""
@@ -326,41 +375,26 @@ class GpuStage:
         pinned = torch.from_numpy(words).pin_memory()
         self._kernels.enter_pages(pinned.to(self._device, non_blocking=True), self._tables)
 
-    # ---- results, on their own thread
+    # ---- results
 
     def _deliver(self, result: PendingResult) -> None:
-        data = [array.numpy().tobytes() for array in result.arrays]
-        if len(data) <= 1:
-            self._send(StepResult(number=result.number, tokens=data[0] if data else b""))
-            return
-        tokens, logprobs, top_ids, top_logprobs = data
-        self._send(
-            StepResult(
-                number=result.number,
-                tokens=tokens,
-                logprobs=logprobs,
-                top_ids=top_ids,
-                top_logprobs=top_logprobs,
-                top_k=result.arrays[2].shape[1],
-            )
-        )
+        """On a thread of its own."""
+        if self._model.last:
+            self._send(result.message())
 
     def seconds(self) -> StageSeconds:
         return self._results.seconds()
 
     def close(self) -> None:
+        """Bounded, also where the stream waits for a stage that is gone."""
         self._results.close()
+        if self._transport is not None:
+            self._transport.close()
         share = 100 * self._replayed / max(1, self._steps)
         print(
             f"{self._steps} steps, {share:.1f} % of them replayed from recorded ones",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.copy_(tensor, non_blocking=True)
-    return pinned
 
 
 def _page_entries(plan: StepPlan) -> PageEntries:

@@ -26,7 +26,6 @@ __all__ = ["Body", "Cut", "Drawing", "PageEntries", "Size", "Staging"]
 
 Words = NDArray[np.int32]
 
-_RING = 4  # more than the steps that can be in flight on one stage
 _DRAW_WORDS = 5
 
 
@@ -87,7 +86,11 @@ class PageEntries:
 
 
 class Staging:
-    """A ring of pinned buffers and the one device buffer that all steps read."""
+    """A ring of pinned buffers and the one device buffer that all steps read.
+
+    `ring` is more than the steps that can be in flight on one stage. `max_rows` is 0 on stages that
+    draw no tokens.
+    """
 
     def __init__(
         self,
@@ -95,23 +98,24 @@ class Staging:
         max_rows: int,
         max_entries: int,
         device: torch.device,
+        ring: int,
     ) -> None:
         max_rows = _aligned(max_rows)
         self._draw_words = _DRAW_WORDS * max_rows
         self._max_rows, self.max_entries = max_rows, max_entries
         words = self._entries_at(most) + 3 * max_entries
-        self._host = [torch.zeros(words, dtype=torch.int32).pin_memory() for _ in range(_RING)]
+        self._host = [torch.zeros(words, dtype=torch.int32).pin_memory() for _ in range(ring)]
         self._words: list[Words] = [host.numpy() for host in self._host]
         self._copied = [
             torch.cuda.Event()  # type: ignore[no-untyped-call]
-            for _ in range(_RING)
+            for _ in range(ring)
         ]
         self._device = torch.zeros(words, dtype=torch.int32, device=device)
         self._turn = 0
 
     def open(self) -> Words:
         """The next host buffer; its last copy has long been made, or is waited for."""
-        self._turn = (self._turn + 1) % _RING
+        self._turn = (self._turn + 1) % len(self._host)
         self._copied[self._turn].synchronize()
         return self._words[self._turn]
 

@@ -46,7 +46,7 @@ TILES = np.arange(6, dtype=np.int32).reshape(3, 2)
 
 @pytest.mark.parametrize("size", [Size(14, 5, 3, 3), Size(16, 15, 12, 5)])
 def test_fields_keep_their_values_and_pad_with_nothing(size: Size) -> None:
-    staging = Staging(Size(64, 16, 40, 9), 10, 50, torch.device("cpu"))
+    staging = Staging(Size(64, 16, 40, 9), 10, 50, torch.device("cpu"), 4)
     for _ in range(6):  # more than the ring has buffers
         words = staging.open()
         words[:] = 77  # what an earlier step left
