@@ -16,6 +16,7 @@ from serving.errors import ConfigError, InvalidRequestError
     [
         ("pipeline_parallel_size", 0),
         ("pipeline_parallel_size", "2"),
+        ("tensor_parallel_size", 0),
         ("dtype", "int4"),
         ("load_format", "gguf"),
         ("page_size", 12),
@@ -105,3 +106,36 @@ def test_a_wrong_sampling_field_is_named(field: str, value: object) -> None:
 def test_the_defaults_are_valid() -> None:
     SamplingParams().validate(1)
     SamplingParams(max_tokens=None, min_tokens=5, top_k=-1, seed=2**64 - 1).validate(10)
+
+
+def test_devices_are_listed_rank_by_rank() -> None:
+    names = ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    sizes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
+    listed = EngineConfig(model=Path("m"), devices=names, **sizes)  # type: ignore[arg-type]
+    counted = EngineConfig(model=Path("m"), device="cuda", **sizes)  # type: ignore[arg-type]
+    for config in (listed, counted):
+        found = [config.stage_device(stage, rank) for stage in range(2) for rank in range(2)]
+        assert found == names
+
+
+@pytest.mark.parametrize(
+    ("devices", "stages", "ranks", "said"),
+    [
+        (["cpu"], 1, 2, "give one device a rank"),
+        (["cpu", "cpu", "cpu"], 2, 1, "give one device a stage"),
+        (["cpu", "cuda:0"], 1, 2, "devices of different kinds"),
+        (["cuda:0", "cuda:0"], 1, 2, "each rank needs a GPU of its own"),
+        (["cuda:0", "cuda:1", "cuda:2", "cuda:2"], 2, 2, "ranks of stage 1 the same device"),
+    ],
+)
+def test_devices_that_ranks_cannot_use(
+    devices: list[str], stages: int, ranks: int, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        EngineConfig(
+            model=Path("m"),
+            devices=devices,
+            pipeline_parallel_size=stages,
+            tensor_parallel_size=ranks,
+        )
+    assert error.value.flag == "--devices"
