@@ -77,9 +77,29 @@ CudaGraphs = Annotated[
 Policy = Annotated[
     str,
     typer.Option(
-        help="classic fills every micro-batch; steady lets prompts ride along with decodes in "
-        "small pieces while few wait."
+        help="throttle meters prompt tokens and decodes apart, so that all micro-batches cost "
+        "alike; classic fills every micro-batch; steady lets prompts ride along with decodes in "
+        "small pieces while few wait; auto is throttle for several stages, classic for one."
     ),
+]
+PrefillSpread = Annotated[
+    int,
+    typer.Option(
+        help="For throttle: 2,048 waiting prompt tokens are spread over so many micro-batches, "
+        "four times as many tokens over twice as many. More lets decodes come more evenly, less "
+        "brings first tokens sooner."
+    ),
+]
+PrefillFloor = Annotated[
+    int,
+    typer.Option(
+        help="For throttle: prompt tokens may always fill a micro-batch up to so many tokens, "
+        "decodes counted, as its time hardly grows until then."
+    ),
+]
+MaxRows = Annotated[
+    int,
+    typer.Option(help="Decodes and prompts together in one micro-batch; 0: as --max-num-seqs."),
 ]
 PageSize = Annotated[int, typer.Option(help="Tokens in one KV page, a power of two.")]
 Seed = Annotated[
@@ -124,7 +144,10 @@ def serve(
     transport: StageTransport = "auto",
     gpu_memory_utilization: GpuMemory = 0.9,
     cuda_graphs: CudaGraphs = True,
-    schedule_policy: Policy = "classic",
+    schedule_policy: Policy = "auto",
+    prefill_spread: PrefillSpread = 10,
+    prefill_floor: PrefillFloor = 128,
+    max_num_batched_rows: MaxRows = 0,
     page_size: PageSize = 16,
     enable_prefix_caching: Annotated[
         bool,
@@ -164,6 +187,9 @@ def serve(
             gpu_memory_utilization=gpu_memory_utilization,
             cuda_graphs=cuda_graphs,
             schedule_policy=schedule_policy,
+            prefill_spread=prefill_spread,
+            prefill_floor=prefill_floor,
+            max_num_batched_rows=max_num_batched_rows or None,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
             threads=threads or None,

@@ -99,8 +99,20 @@ def bench(
     ] = True,
     schedule_policy: Annotated[
         str,
-        typer.Option(help="classic fills every micro-batch; steady takes prompts in small pieces."),
-    ] = "classic",
+        typer.Option(
+            help="throttle, classic or steady, as for `lectern serve`; auto is throttle for "
+            "several stages, classic for one."
+        ),
+    ] = "auto",
+    prefill_spread: Annotated[
+        int, typer.Option(help="For throttle: micro-batches for 2,048 waiting prompt tokens.")
+    ] = 10,
+    prefill_floor: Annotated[
+        int, typer.Option(help="For throttle: tokens that a micro-batch may always have.")
+    ] = 128,
+    max_num_batched_rows: Annotated[
+        int, typer.Option(help="Rows of one micro-batch; 0: as --max-num-seqs.")
+    ] = 0,
     page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
     threads: Annotated[
         int, typer.Option(help="Compute threads of each rank; 0: the cores are shared out.")
@@ -151,6 +163,9 @@ def bench(
             "gpu_memory_utilization": gpu_memory_utilization,
             "cuda_graphs": cuda_graphs,
             "schedule_policy": schedule_policy,
+            "prefill_spread": prefill_spread,
+            "prefill_floor": prefill_floor,
+            "max_num_batched_rows": max_num_batched_rows or None,
             "threads": threads or None,
         },
     )

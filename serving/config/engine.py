@@ -19,6 +19,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `kv_memory` bytes (all stages together) decide; without them it is 1 GiB on the CPU, and on a
     GPU what `gpu_memory_utilization` of its memory leaves. `cuda_graphs` records steps on a GPU.
     A stage is `tensor_parallel_size` processes, its ranks, which share out every layer.
+    `schedule_policy` auto is throttle for more than one stage and classic for one; `prefill_spread`
+    and `prefill_floor` belong to throttle (`serving/driver/throttle.py`). A micro-batch has at most
+    `max_num_batched_rows` decodes and prompts together; None: `max_num_seqs`.
     `layer_layout` gives the number of layers of each stage. `devices` names one torch device a
     rank, those of stage 0 first. `threads` is the number of compute threads a rank; by default the
     cores are shared out. `step_timeout` seconds without a result of a running micro-batch mean that
@@ -43,7 +46,10 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     enable_prefix_caching: bool = True
     cache_eviction: Literal["lru", "fifo"] = "lru"
     order: Literal["fcfs"] = "fcfs"
-    schedule_policy: Literal["classic", "steady"] = "classic"
+    schedule_policy: Literal["auto", "throttle", "classic", "steady"] = "auto"
+    prefill_spread: int = 10
+    prefill_floor: int = 128
+    max_num_batched_rows: int | None = None
     served_model_name: str | None = None
     seed: int = 0
     layer_layout: list[int] | None = None
@@ -62,7 +68,12 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         _check_choice(self.load_format, ("auto", "dummy"), "--load-format")
         _check_choice(self.cache_eviction, ("lru", "fifo"), "--cache-eviction")
         _check_choice(self.order, ("fcfs",), "--order")
-        _check_choice(self.schedule_policy, ("classic", "steady"), "--schedule-policy")
+        policies = ("auto", "throttle", "classic", "steady")
+        _check_choice(self.schedule_policy, policies, "--schedule-policy")
+        _check_int(self.prefill_spread, 1, 1 << 10, "--prefill-spread")
+        _check_int(self.prefill_floor, 1, 1 << 20, "--prefill-floor")
+        if self.max_num_batched_rows is not None:
+            _check_int(self.max_num_batched_rows, 1, 1 << 16, "--max-num-batched-rows")
         _check_int(self.page_size, 1, 1024, "--page-size")
         if self.page_size & (self.page_size - 1):
             raise ConfigError(
@@ -105,6 +116,13 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     def name(self) -> str:
         """The name under which the model is served."""
         return self.served_model_name or self.model.name
+
+    @property
+    def policy(self) -> str:
+        """The schedule policy that is meant, `auto` resolved."""
+        if self.schedule_policy != "auto":
+            return self.schedule_policy
+        return "throttle" if self.pipeline_parallel_size > 1 else "classic"
 
     def stage_device(self, stage: int, rank: int = 0) -> str:
         """The torch device of one rank of a stage, or "auto"."""

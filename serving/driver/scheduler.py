@@ -15,6 +15,7 @@ from serving.config.engine import EngineConfig
 from serving.core import Admission, MicroBatch, Request, Sequence, StepPlan
 from serving.driver.order import make_order
 from serving.driver.pages import PagePool, extend_chain
+from serving.driver.reserve import Reserve
 from serving.driver.slots import Int64s, SlotTable
 from serving.driver.throttle import Load, make_throttle
 from serving.messages import Admitted
@@ -52,14 +53,15 @@ class Scheduler:
         self.stages = config.pipeline_parallel_size
         self.depth = self.stages + 1
         self.page_size = config.page_size
-        self.max_rows = config.max_num_seqs
+        self.max_rows = min(config.max_num_seqs, config.max_num_batched_rows or config.max_num_seqs)
         self.caching = config.enable_prefix_caching
         self.slots = SlotTable(config.max_num_seqs, max_model_len)
         self.pool = PagePool(
             num_pages, config.page_size, evict_fifo=config.cache_eviction == "fifo"
         )
         self.order = make_order(config.order)
-        self.throttle = make_throttle(config.schedule_policy, config.max_num_batched_tokens)
+        self.throttle = make_throttle(config)
+        self.reserve = Reserve(config.page_size)
         self.in_flight: deque[MicroBatch] = deque()
         self.streams: dict[int, Sequence] = {}
         self.counters = Counters()
@@ -70,6 +72,7 @@ class Scheduler:
         self._next_number = 0
         self._turn = 0
         self._waiting_tokens = 0
+        self._entered_tokens = 0  # of them, those whose sequences hold their pages
 
     # ---- arrivals and departures
 
@@ -92,6 +95,9 @@ class Scheduler:
     def end(self, sequence: Sequence, reason: str) -> None:
         """The sequence is over. Its slot and pages return once nothing in flight names them."""
         sequence.ended = True
+        if reason != "abort":
+            slot = sequence.slot
+            self.reserve.note_answer(int(self.slots.known[slot]) - sequence.prompt_len)
         del self.streams[sequence.request.stream]
         self.counters.finished[reason] += 1
         self._forget_prefill(sequence)
@@ -149,6 +155,9 @@ class Scheduler:
         return self._commit(decodes, prefills, lengths, draft)
 
     def _load(self, decoding: int, ready: int) -> Load:
+        reserved = 0
+        if self.throttle.keeps_reserve and self._waiting_tokens:
+            reserved = self.reserve.needed(*self.reserve.running(self.slots))
         return Load(
             decoding=decoding,
             ready=ready,
@@ -157,6 +166,8 @@ class Scheduler:
             num_pages=self.pool.num_pages,
             groups=self.stages,
             turn=self._turn,
+            entered_tokens=self._entered_tokens,
+            pages_reserved=reserved,
         )
 
     def _take_decodes(self, ready: Int64s, count: int, draft: Draft) -> Int64s:
@@ -217,6 +228,7 @@ class Scheduler:
         sequence.registered = 0
         sequence.preemptions += 1
         self.counters.preemptions += 1
+        self.reserve.note_preemption()
         self.vacate(sequence)
         self._waiting_tokens += len(sequence.tokens)
         self.order.push(sequence)
@@ -228,7 +240,9 @@ class Scheduler:
             self._waiting_tokens -= len(sequence.tokens)
             self.order.discard(sequence)
         elif self.slots.planned[slot] < self.slots.target[slot]:
-            self._waiting_tokens -= int(self.slots.target[slot] - self.slots.planned[slot])
+            left = int(self.slots.target[slot] - self.slots.planned[slot])
+            self._waiting_tokens -= left
+            self._entered_tokens -= left
             self.order.discard(sequence)
 
     def _take_prefills(
@@ -272,8 +286,9 @@ class Scheduler:
             extend_chain(sequence.hashes, tokens, salt, size, full)
             hits = pool.lookup(sequence.hashes[:full], tokens)
         count = -(-len(tokens) // size) - len(hits)
+        taken = count + pool.num_unused(hits)
         spare = 0 if slots.num_entered == 0 else 1 + pool.num_pages // 128
-        if count + pool.num_unused(hits) + spare > pool.num_available:
+        if taken + spare > pool.num_available or not self._all_can_end(sequence, taken, spare):
             return False
         pool.hold(hits)
         fresh = pool.allocate(count)
@@ -284,6 +299,7 @@ class Scheduler:
         cached = len(hits) * size
         slot = slots.enter(sequence, cached)
         self._waiting_tokens -= cached
+        self._entered_tokens += len(tokens) - cached
         if sequence.preemptions == 0:
             sequence.cached = cached
             self.counters.prompt_tokens += len(tokens)
@@ -305,6 +321,23 @@ class Scheduler:
         )
         return True
 
+    def _all_can_end(self, sequence: Sequence, taken: int, spare: int) -> bool:
+        """Whether all who run could still end, by what is expected, beside a newcomer that takes
+        so many pages now, with `spare` to spare. One that would run alone may always enter.
+        """
+        slots = self.slots
+        if not self.throttle.keeps_reserve or slots.num_entered == 0:
+            return True
+        held, left = self.reserve.running(slots)
+        request, written = sequence.request, len(sequence.tokens) - sequence.prompt_len
+        own = self.reserve.expected(
+            np.array([written]),
+            np.array([request.max_tokens]),
+            np.array([request.params.ignore_eos and not request.params.stop_token_ids]),
+        )
+        held, left = np.append(held, taken), np.append(left, own)
+        return taken + spare + self.reserve.needed(held, left) <= self.pool.num_available
+
     def _commit(
         self, decodes: Int64s, prefills: list[int], lengths: list[int], draft: Draft
     ) -> tuple[MicroBatch, StepPlan] | None:
@@ -319,6 +352,7 @@ class Scheduler:
         if prefills:
             slots.planned[chunk_slots] += chunk_lengths
             self._waiting_tokens -= int(chunk_lengths.sum())
+            self._entered_tokens -= int(chunk_lengths.sum())
             whole = chunk_slots[slots.planned[chunk_slots] == slots.target[chunk_slots]]
             for slot in whole:
                 self.order.discard(slots[int(slot)])
@@ -331,6 +365,7 @@ class Scheduler:
         self.in_flight.append(batch)
         self._next_number += 1
         self._turn += 1
+        self.reserve.note_micro_batch()
         plan = StepPlan(
             number=batch.number,
             epoch=self.epoch,

@@ -21,7 +21,8 @@ class SlotTable:
     known: tokens whose ids are known, prompt and output. planned: tokens whose KV is computed or
     in flight. confirmed: tokens whose KV every stage has written. target: `known` at admission,
     the end of prefill. limit: prompt + max_tokens, the most tokens the sequence may have.
-    in_flight: micro-batches in flight that name the slot.
+    in_flight: micro-batches in flight that name the slot. runs_to_limit: nothing ends the sequence
+    before its limit.
     """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
@@ -36,6 +37,7 @@ class SlotTable:
         self.confirmed: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.target: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.limit: Int64s = np.zeros(num_slots, dtype=np.int64)
+        self.prompt_len: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.stop_from: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.in_flight: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.num_pages: Int64s = np.zeros(num_slots, dtype=np.int64)
@@ -45,6 +47,7 @@ class SlotTable:
         self.decoding = np.zeros(num_slots, dtype=np.bool_)
         self.heeds_eos = np.zeros(num_slots, dtype=np.bool_)
         self.has_stop_ids = np.zeros(num_slots, dtype=np.bool_)
+        self.runs_to_limit = np.zeros(num_slots, dtype=np.bool_)
         self.wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
         self.sequences: list[Sequence | None] = [None] * num_slots
         self.free = list(range(num_slots - 1, -1, -1))
@@ -67,6 +70,7 @@ class SlotTable:
         self.known[slot] = self.target[slot] = count
         self.planned[slot] = self.confirmed[slot] = cached
         self.limit[slot] = sequence.prompt_len + request.max_tokens
+        self.prompt_len[slot] = sequence.prompt_len
         self.stop_from[slot] = sequence.prompt_len + params.min_tokens
         self.in_flight[slot] = 0
         self.num_pages[slot] = len(sequence.pages)
@@ -76,6 +80,7 @@ class SlotTable:
         self.decoding[slot] = False
         self.heeds_eos[slot] = not params.ignore_eos
         self.has_stop_ids[slot] = bool(params.stop_token_ids)
+        self.runs_to_limit[slot] = params.ignore_eos and not params.stop_token_ids
         self.wants_logprobs[slot] = params.logprobs is not None
         return slot
 

@@ -115,12 +115,12 @@ def test_choices_share_the_prompt_and_differ(llm: LLM) -> None:
     ("stages", "settings"),
     [
         (1, {"max_num_batched_tokens": 16}),
-        (2, {"num_kv_pages": 14, "enable_prefix_caching": False}),
+        (2, {"num_kv_pages": 14, "enable_prefix_caching": False, "schedule_policy": "classic"}),
         (3, {}),
     ],
 )
 def test_a_seed_gives_the_same_text_whatever_else_happens(
-    llm: LLM, checkpoint: Path, stages: int, settings: dict[str, int]
+    llm: LLM, checkpoint: Path, stages: int, settings: dict[str, object]
 ) -> None:
     """Alone in one engine; with neighbours, other slots, preemption, other stages in another."""
     params = [
