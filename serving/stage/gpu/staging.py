@@ -142,8 +142,10 @@ class Staging:
         put(rows.slot_mapping, size.tokens, -1)
         decodes = rows.num_decodes
         words[at : at + decodes] = -1 - rows.slots[:decodes]
-        words[at + decodes : at + tokens] = rows.prompt_tokens
-        words[at + tokens : at + size.tokens] = 0
+        # Stages after the first have no ids of prompts, and need none.
+        held = decodes + len(rows.prompt_tokens)
+        words[at + decodes : at + held] = rows.prompt_tokens
+        words[at + held : at + size.tokens] = 0
         at += _aligned(size.tokens)
         put(rows.slots, size.sequences, 0)
         put(rows.context_lens, size.sequences, 0)

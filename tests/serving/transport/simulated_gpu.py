@@ -172,3 +172,10 @@ class Notes:
             if not self._changed.wait_for(lambda: key in self._texts, 20):
                 raise EngineDeadError(f"nobody published {key}")
             return self._texts[key]
+
+
+class ImmediateGpu(SimulatedGpu):
+    """Everything runs when it is launched; whatever is waited for must have happened by then."""
+
+    def _put(self, stream: int, operation: Callable[[], bool]) -> None:
+        assert operation(), "a stream would wait for something that was not launched before it"
