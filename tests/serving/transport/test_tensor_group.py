@@ -1,4 +1,4 @@
-"""Sums and gatherings between ranks over gloo, and what NCCL's absence is answered with."""
+"""Sums and gatherings between ranks over gloo."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.errors import ConfigError, EngineDeadError
-from serving.transport import nccl_group
+from serving.errors import EngineDeadError
 from serving.transport.tensor_group import TensorGroup
 from tests.serving.ranks import run_ranks
 
@@ -63,16 +62,6 @@ def test_a_rank_whose_neighbour_is_gone_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(EngineDeadError, match="link between the ranks of stage 0 broke"):
         run_ranks(2, tmp_path, work, together=False)
-
-
-def test_without_nccl_the_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(nccl_group.ctypes, "CDLL", missing)
-    with pytest.raises(ConfigError, match=r"libnccl\.so\.2") as error:
-        nccl_group._load()
-    assert error.value.flag == "--tensor-parallel-size"
 
 
 def test_one_rank_needs_no_tensor_group() -> None:
