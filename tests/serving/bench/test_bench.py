@@ -210,6 +210,18 @@ def test_bad_commands_are_one_sentence(demo: Path) -> None:
         ),
         (["--model", str(demo), "--load", "fixed-4-4:1:0", "--page-size", "15"], "--page-size"),
         (["--model", str(demo), "--load", "fixed-4-4:1:0", "--kv-memory", "x"], "--kv-memory"),
+        (
+            [
+                "--model",
+                str(demo),
+                "--load",
+                "fixed-4-4:1:0",
+                "--no-matmul",
+                "--tensor-parallel-size",
+                "5",
+            ],
+            "--tensor-parallel-size",
+        ),
     ):
         code, out, err = run(*arguments)
         assert code == 2
@@ -221,9 +233,10 @@ def test_bad_commands_are_one_sentence(demo: Path) -> None:
 
 def test_the_command_in_process(demo: Path) -> None:
     code, out, err = run(
-        "--model", str(demo), "--json", "--load", "fixed-8-4:2:0", "--no-matmul", "--threads", "1"
-    )
+        "--model", str(demo), "--json", "--load", "fixed-8-4:2:0", "--no-matmul", "--threads", "1",
+        "--device", "cpu", "--tensor-parallel-size", "2",
+    )  # fmt: skip
     assert code == 0, err
     row = json.loads(out)
-    assert (row["n"], row["model"], row["pp"]) == (2, "demo-model", 1)
+    assert (row["n"], row["model"], row["pp"], row["tp"]) == (2, "demo-model", 1, 2)
     assert row["out_tok_s"] > 0
