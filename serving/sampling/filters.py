@@ -93,7 +93,7 @@ def _by_histogram(logits: Tensor, temperature: Tensor, target: Tensor) -> Tensor
     weights = ((logits - high) / temperature).double().exp()
     if not bool(high > low):
         return high
-    bins = ((logits - low) * ((_BINS - 1) / (high - low))).clamp_(0, _BINS - 1).long()
+    bins = ((logits - low) / (high - low) * (_BINS - 1)).clamp_(0, _BINS - 1).long()
     above = torch.bincount(bins, weights, _BINS).flip(0).cumsum(0)
     # From the top, the first bin at whose end the target is reached (the last one by rounding).
     found = int((above < target).sum().clamp_max(_BINS - 1))

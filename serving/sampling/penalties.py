@@ -7,6 +7,7 @@ list of its distinct tokens with their counts instead of a row as wide as the vo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.core import SamplingParams
+from serving.sampling.transfer import upload
 
 __all__ = ["PenaltyTable"]
 
@@ -23,9 +25,13 @@ class PenaltyTable:
 
     Invariants: the first `lengths[row]` entries of `ids[row]` are distinct; `bounds[row]`, kept on
     the host, is never below `lengths[row]`; a sequence in use has at least one prompt token.
+    With the kernels of a GPU each method is a few launches; nothing waits for the device.
     """
 
-    def __init__(self, max_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, max_slots: int, device: torch.device, kernels: ModuleType | None = None
+    ) -> None:
+        self._device, self._kernels = device, kernels
         self._row_of = np.full(max_slots, -1, dtype=np.int64)
         self._free: list[int] = []
         self._bounds = np.zeros(0, dtype=np.int64)
@@ -59,11 +65,10 @@ class PenaltyTable:
         self._reserve(ids.size + 64)
         self._row_of[slot] = row
         self._bounds[row] = self._lengths[row] = ids.size
-        self._ids[row, : ids.size] = torch.from_numpy(ids)
-        self._counts[row, : ids.size] = torch.from_numpy(counts)
-        self._factors[row] = torch.tensor(
-            [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
-        )
+        factors = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        self._ids[row, : ids.size] = upload(ids, self._device)
+        self._counts[row, : ids.size] = upload(counts, self._device)
+        self._factors[row] = upload(np.array(factors, dtype=np.float32), self._device)
 
     def release(self, slot: int) -> None:
         """Forget a sequence; a slot without penalties is fine."""
@@ -72,41 +77,61 @@ class PenaltyTable:
             self._row_of[slot] = -1
             self._free.append(row)
 
-    def apply(self, logits: Tensor, at: Tensor, slots: NDArray[np.int64]) -> None:
+    def apply(self, logits: Tensor, at: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Penalise rows `at` [P] of logits [R, V] in place; slots [P] names their sequences.
 
         Repetition (Keskar et al., 2019): a seen token's logit is divided by the penalty if
         positive, multiplied if negative. Then frequency * count + presence, over the output only.
         """
         host_rows = self._row_of[slots]
-        rows = torch.from_numpy(host_rows).to(logits.device)
         width = int(self._bounds[host_rows].max())
+        if self._kernels is not None:
+            where, entries = self._pairs(at, host_rows)
+            self._kernels.penalize(
+                logits, where, entries, self._lengths, self._ids, self._counts, self._factors, width
+            )
+            return
+        rows, where = upload(host_rows, self._device), upload(at, self._device)
         ids, counts = self._ids[rows, :width], self._counts[rows, :width]
         held = torch.arange(width, device=logits.device) < self._lengths[rows].unsqueeze(1)
         ids = torch.where(held, ids, ids[:, :1])
         repetition, presence, frequency = self._factors[rows].unsqueeze(2).unbind(1)
-        old = logits[at.unsqueeze(1), ids]
+        old = logits[where.unsqueeze(1), ids]
         new = torch.where(old > 0, old / repetition, old * repetition)
         new = new - frequency * counts - presence * (counts > 0)
         # Entries past a sequence's end repeat its first token, with the same value.
         new = torch.where(held, new, new[:, :1])
-        logits[at.unsqueeze(1), ids] = new
+        logits[where.unsqueeze(1), ids] = new
 
-    def count(self, slots: NDArray[np.int64], tokens: Tensor) -> None:
-        """Add one output token [P] to each of the distinct slots [P]."""
+    def count(self, slots: NDArray[np.int64], tokens: Tensor, at: NDArray[np.int64]) -> None:
+        """Add one output token each, tokens[at] [P], to the distinct slots [P]."""
         host_rows = self._row_of[slots]
         self._reserve(int(self._bounds[host_rows].max()) + 1)
-        rows = torch.from_numpy(host_rows).to(tokens.device)
         width = int(self._bounds[host_rows].max())
+        self._bounds[host_rows] += 1
+        if self._kernels is not None:
+            where, entries = self._pairs(at, host_rows)
+            self._kernels.count_tokens(
+                tokens, where, entries, self._lengths, self._ids, self._counts
+            )
+            return
+        rows = upload(host_rows, self._device)
+        tokens = tokens[upload(at, self._device)]
         lengths = self._lengths[rows]
         held = torch.arange(width, device=tokens.device) < lengths.unsqueeze(1)
         same = (self._ids[rows, :width] == tokens.unsqueeze(1)) & held
         known = same.any(-1)
-        at = torch.where(known, same.int().argmax(-1), lengths)
-        self._counts[rows, at] = torch.where(known, self._counts[rows, at], 0.0) + 1.0
-        self._ids[rows, at] = tokens
+        place = torch.where(known, same.int().argmax(-1), lengths)
+        self._counts[rows, place] = torch.where(known, self._counts[rows, place], 0.0) + 1.0
+        self._ids[rows, place] = tokens
         self._lengths[rows] = lengths + (~known).long()
-        self._bounds[host_rows] += 1
+
+    def _pairs(self, at: NDArray[np.int64], host_rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Both as int32 on the device, in one copy, each at an aligned address."""
+        words = np.zeros((2, -(-len(at) // 4) * 4), dtype=np.int32)
+        words[0, : len(at)], words[1, : len(at)] = at, host_rows
+        where, entries = upload(words, self._device).unbind()
+        return where[: len(at)], entries[: len(at)]
 
     def _reserve(self, width: int) -> None:
         if width > self._ids.shape[1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from serving.sampling.draw import draw
 from serving.sampling.filters import logit_floor
 from serving.sampling.penalties import PenaltyTable
 from serving.sampling.rng import stream_key, uniforms
+from serving.sampling.transfer import upload
 
-__all__ = ["PlainRows", "SampleOutput", "Sampler"]
+__all__ = ["FILTER", "LOGPROBS", "PENALTY", "PlainRows", "SampleOutput", "Sampler"]
 
-_PENALTY, _LOGPROBS, _FILTER = 1, 2, 4
+#: What a slot's flags say: its rows need more than their logits, temperature and number.
+PENALTY, LOGPROBS, FILTER = 1, 2, 4
 # Below this a temperature means greedy but for ties, and its reciprocal would overflow.
 _COLDEST = 1e-5
 
@@ -66,6 +69,7 @@ class Sampler:
         max_slots: int,
         device: torch.device | str = "cpu",
         eos_token_ids: Sequence[int] = (),
+        kernels: ModuleType | None = None,
     ) -> None:
         self._vocab, self._device = vocab_size, torch.device(device)
         self._eos = tuple(eos_token_ids)
@@ -78,8 +82,8 @@ class Sampler:
         self._num_logprobs = np.zeros(max_slots, dtype=np.int64)
         # Stop tokens are banned at positions below this.
         self._min_end = np.zeros(max_slots, dtype=np.int64)
-        self._banned: dict[int, Tensor] = {}
-        self._penalties = PenaltyTable(max_slots, self._device)
+        self._banned: dict[int, NDArray[np.int64]] = {}
+        self._penalties = PenaltyTable(max_slots, self._device, kernels)
 
     def admit(
         self,
@@ -103,19 +107,19 @@ class Sampler:
         self._keys[slot] = stream_key(params.seed or 0, choice)
         flags = 0
         if not greedy and (top_k or params.top_p < 1.0 or params.min_p > 0.0):
-            flags |= _FILTER
+            flags |= FILTER
         if params.logprobs is not None:
-            flags |= _LOGPROBS
+            flags |= LOGPROBS
             self._num_logprobs[slot] = params.logprobs
         if PenaltyTable.wanted(params):
-            flags |= _PENALTY
+            flags |= PENALTY
             self._penalties.admit(slot, params, token_ids, num_prompt_tokens)
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops.update(self._eos)
         if params.min_tokens > 0 and stops:
             self._min_end[slot] = num_prompt_tokens + params.min_tokens
-            self._banned[slot] = torch.tensor(sorted(stops), device=self._device)
+            self._banned[slot] = np.array(sorted(stops), dtype=np.int64)
         self._flags[slot] = flags
 
     def release(self, slot: int) -> None:
@@ -162,10 +166,10 @@ class Sampler:
             token_ids[warm] = self._draw(
                 logits[warm], rows[sampled], places[sampled], flags[sampled]
             )
-        penalised = (flags & _PENALTY) > 0
+        penalised = (flags & PENALTY) > 0
         if penalised.any():
-            self._penalties.count(rows[penalised], token_ids[self._indices(penalised)])
-        asked = (flags & _LOGPROBS) > 0
+            self._penalties.count(rows[penalised], token_ids, np.flatnonzero(penalised))
+        asked = (flags & LOGPROBS) > 0
         if asked.any():
             return self._with_logprobs(raw, token_ids, rows, asked)
         return SampleOutput(token_ids)
@@ -174,11 +178,7 @@ class Sampler:
         return self._upload(np.flatnonzero(mask))
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
-        """A copy on the device, behind what was launched; the host does not wait for it."""
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return upload(array, self._device)
 
     def _adjust(
         self,
@@ -188,15 +188,15 @@ class Sampler:
         flags: NDArray[np.uint8],
     ) -> Tensor:
         """Penalties, then stop tokens that min_tokens bans; a copy if anything changes."""
-        penalised = (flags & _PENALTY) > 0
+        penalised = (flags & PENALTY) > 0
         too_short = places < self._min_end[rows]
         if not (penalised.any() or too_short.any()):
             return logits
         logits = logits.clone()
         if penalised.any():
-            self._penalties.apply(logits, self._indices(penalised), rows[penalised])
+            self._penalties.apply(logits, np.flatnonzero(penalised), rows[penalised])
         for row in np.flatnonzero(too_short):
-            logits[row, self._banned[int(rows[row])]] = -torch.inf
+            logits[row, self._upload(self._banned[int(rows[row])])] = -torch.inf
         return logits
 
     def _draw(
@@ -209,7 +209,7 @@ class Sampler:
         """Rows that sample: filters where asked for, then the inverse CDF."""
         u = self._upload(uniforms(self._keys[rows], places))
         temperature = self._upload(self._temperature[rows])
-        filtered = (flags & _FILTER) > 0
+        filtered = (flags & FILTER) > 0
         if filtered.all():
             return self._draw_filtered(logits, temperature, u, rows)
         if not filtered.any():

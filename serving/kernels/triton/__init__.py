@@ -16,7 +16,10 @@ from serving.kernels.triton.attention import (
     prefill_tiles,
     share_room,
 )
+from serving.kernels.triton.logprobs import token_logprobs
+from serving.kernels.triton.penalties import ban_tokens, count_tokens, penalize
 from serving.kernels.triton.sampling import draw_tokens, enter_pages, resolve_tokens
+from serving.kernels.triton.selection import Floors, filter_floors
 from serving.kernels.triton.skinny import MOST_ROWS, skinny_linear
 from serving.kernels.triton.tokens import keep_tokens
 from serving.kernels.triton.tokenwise import (
@@ -29,15 +32,20 @@ from serving.kernels.triton.tokenwise import (
 __all__ = [
     "MOST_ROWS",
     "DecodeShape",
+    "Floors",
     "PrefillShape",
     "add_rms_norm",
+    "ban_tokens",
+    "count_tokens",
     "decode_shape",
     "decode_shares",
     "draw_tokens",
     "enter_pages",
+    "filter_floors",
     "keep_tokens",
     "paged_decode",
     "paged_prefill",
+    "penalize",
     "prefill_shape",
     "prefill_tiles",
     "resolve_tokens",
@@ -46,4 +54,5 @@ __all__ = [
     "share_room",
     "silu_and_mul",
     "skinny_linear",
+    "token_logprobs",
 ]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from types import ModuleType
 
 import numpy as np
@@ -12,24 +9,12 @@ import pytest
 import torch
 
 from tests.serving.kernels import triton_checks as checks
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or "triton" not in sys.modules
-if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    # Read when triton is imported first, which must not have happened before.
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests.serving.kernels.interpreted import interpreted_kernels
 
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; its interpreter cannot run the kernels")
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU; test_triton_gpu.py runs the compiled kernels on it")
-    if not _INTERPRETED:
-        pytest.skip("triton was imported before its interpreter could be switched on")
-    import serving.kernels.triton
-
-    return serving.kernels.triton
+    return interpreted_kernels()
 
 
 # The interpreter's products of bfloat16 are wrong, so half precision stands in for it.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.serving.kernels import triton_checks as checks
+from tests.serving.kernels.interpreted import compiled_kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -16,11 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here; run on a machine that has one")
-    import serving.kernels.triton
-
-    return serving.kernels.triton
+    return compiled_kernels()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
