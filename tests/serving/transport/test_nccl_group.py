@@ -169,7 +169,7 @@ def test_without_nccl_the_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     def missing(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(nccl_group.ctypes, "CDLL", missing)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(ConfigError, match=r"libnccl\.so\.2") as error:
         nccl_group._load()
     assert error.value.flag == "--tensor-parallel-size"
