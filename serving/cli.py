@@ -70,6 +70,13 @@ StageTransport = Annotated[
 GpuMemory = Annotated[
     float, typer.Option(help="Share of a GPU's memory that the engine may use in all.")
 ]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="On a GPU: kernels for long prompts. auto takes flashinfer where it is installed and "
+        "measured faster at start, else triton."
+    ),
+]
 CudaGraphs = Annotated[
     bool,
     typer.Option("--cuda-graphs/--no-cuda-graphs", help="Record small steps on a GPU at start."),
@@ -144,6 +151,7 @@ def serve(
     transport: StageTransport = "auto",
     gpu_memory_utilization: GpuMemory = 0.9,
     cuda_graphs: CudaGraphs = True,
+    attention: Attention = "auto",
     schedule_policy: Policy = "auto",
     prefill_spread: PrefillSpread = 10,
     prefill_floor: PrefillFloor = 128,
@@ -186,6 +194,7 @@ def serve(
             transport=transport,
             gpu_memory_utilization=gpu_memory_utilization,
             cuda_graphs=cuda_graphs,
+            attention=attention,
             schedule_policy=schedule_policy,
             prefill_spread=prefill_spread,
             prefill_floor=prefill_floor,

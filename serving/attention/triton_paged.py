@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serving.attention.base import AttentionBackend, StepInputs
+from serving.attention.flashinfer_paged import FlashInferPlan
 from serving.kernels import triton
 
 __all__ = ["TritonAttention", "TritonPlan"]
@@ -26,6 +27,8 @@ class TritonPlan:
     part_starts: Tensor
     tiles: Tensor
     tile_shape: triton.PrefillShape
+    prefills: FlashInferPlan | None = None
+    """If given, attends the prefills in place of the tiles."""
 
 
 class TritonAttention(AttentionBackend):
@@ -68,6 +71,10 @@ class TritonAttention(AttentionBackend):
             shape=triton.decode_shape(q.shape[2], q.dtype),
             out=out,
         )
+        if plan.prefills is not None:
+            first = inputs.num_decodes
+            plan.prefills.run(q[first:], kv, out[first:])
+            return out
         triton.paged_prefill(
             q,
             kv,

@@ -97,6 +97,9 @@ def bench(
         bool,
         typer.Option("--cuda-graphs/--no-cuda-graphs", help="Record small steps on a GPU."),
     ] = True,
+    attention: Annotated[
+        str, typer.Option(help="Kernels for long prompts on a GPU: auto, triton or flashinfer.")
+    ] = "auto",
     schedule_policy: Annotated[
         str,
         typer.Option(
@@ -162,6 +165,7 @@ def bench(
             "transport": transport,
             "gpu_memory_utilization": gpu_memory_utilization,
             "cuda_graphs": cuda_graphs,
+            "attention": attention,
             "schedule_policy": schedule_policy,
             "prefill_spread": prefill_spread,
             "prefill_floor": prefill_floor,

@@ -18,6 +18,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `device` auto takes a GPU if there is one. `num_kv_pages` fixes the number of KV pages; else
     `kv_memory` bytes (all stages together) decide; without them it is 1 GiB on the CPU, and on a
     GPU what `gpu_memory_utilization` of its memory leaves. `cuda_graphs` records steps on a GPU.
+    `attention` names the kernels of long prompts on a GPU: auto measures those that are installed.
     A stage is `tensor_parallel_size` processes, its ranks, which share out every layer.
     `schedule_policy` auto is throttle for more than one stage and classic for one; `prefill_spread`
     and `prefill_floor` belong to throttle (`serving/driver/throttle.py`). A micro-batch has at most
@@ -25,8 +26,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `layer_layout` gives the number of layers of each stage. `devices` names one torch device a
     rank, those of stage 0 first. `threads` is the number of compute threads a rank; by default the
     cores are shared out. `step_timeout` seconds without a result of a running micro-batch mean that
-    a stage hangs. `transport` links stages on GPUs: auto is peer where the machine allows it, else
-    nccl.
+    a stage hangs. `transport` links stages on GPUs: auto is peer where the machine allows it,
+    else nccl.
     """
 
     model: Path
@@ -40,6 +41,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
+    attention: Literal["auto", "triton", "flashinfer"] = "auto"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
@@ -68,6 +70,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         _check_choice(self.load_format, ("auto", "dummy"), "--load-format")
         _check_choice(self.cache_eviction, ("lru", "fifo"), "--cache-eviction")
         _check_choice(self.order, ("fcfs",), "--order")
+        _check_choice(self.attention, ("auto", "triton", "flashinfer"), "--attention")
         policies = ("auto", "throttle", "classic", "steady")
         _check_choice(self.schedule_policy, policies, "--schedule-policy")
         _check_int(self.prefill_spread, 1, 1 << 10, "--prefill-spread")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.kernels.triton import attention_kernels
+from serving.kernels.triton.chain import early
 
 __all__ = [
     "DecodeShape",
@@ -164,12 +165,12 @@ def paged_decode(
         q.stride(0), q.stride(1), *kv.stride()[:4], page_tables.stride(0),
         out.stride(0), out.stride(1),
         heads, group, max(16, _power(group)), dim, max(16, _power(dim)), kv.shape[2], shape.block,
-        sliding_window is not None, table_rows is not None, _precision(q),
-        num_warps=shape.warps, num_stages=shape.stages,
+        sliding_window is not None, table_rows is not None, _precision(q), bool(early()),
+        num_warps=shape.warps, num_stages=shape.stages, **early(),
     )  # fmt: skip
     _kernels.merge_kernel[(rows, heads)](
         parts, weights, part_starts, out, out.stride(0), out.stride(1),
-        heads, dim, max(16, _power(dim)), 16, num_warps=2,
+        heads, dim, max(16, _power(dim)), 16, bool(early()), num_warps=2, **early(),
     )  # fmt: skip
 
 

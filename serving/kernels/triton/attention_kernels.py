@@ -9,6 +9,8 @@ Loads outside a sequence are masked: what such slots hold, be it NaN, reaches no
 import triton
 import triton.language as tl
 
+from serving.kernels.triton.chain import follow, let_follow
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -18,7 +20,7 @@ def decode_kernel(
     q_token, q_head, kv_page, kv_value, kv_slot, kv_head, table_stride, out_token, out_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One share of one sequence's keys for one key-value head and its newest token's queries.
 
@@ -26,6 +28,8 @@ def decode_kernel(
     part -1 the whole of a sequence. Other parts are written normalised, with the base-2 logarithm
     of their weight, for `merge_kernel`.
     """
+    let_follow(EARLY)
+    follow(EARLY)
     share = tl.program_id(0)
     head = tl.program_id(1)
     sequence = tl.load(shares + 4 * share)
@@ -88,8 +92,11 @@ def decode_kernel(
 def merge_kernel(
     parts, weights, part_starts, out, out_token, out_head,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one sequence and query head; a sequence of one part is done already."""
+    let_follow(EARLY)
+    follow(EARLY)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(part_starts + sequence)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.triton import skinny_kernels
+from serving.kernels.triton.chain import early
 
 __all__ = ["MOST_ROWS", "SkinnyShape", "skinny_linear", "skinny_shape"]
 
@@ -63,7 +64,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight, weight if bias is None else bias, out, parts, arrived, rows, columns, width,
         -(-width // part), x.stride(0), out.stride(0),
         shape.tile, shape.columns, shape.width, shape.split, width % part == 0, bias is not None,
-        num_warps=shape.warps, num_stages=shape.stages,
+        4 if shape.columns == 64 else 2, bool(early()), num_warps=shape.warps, num_stages=shape.stages, **early(),
     )  # fmt: skip
     return out
 
