@@ -60,11 +60,12 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     parts, arrived = _scratch(x.device)
     part = shape.width * shape.split
+    ahead = 4 if shape.columns == 64 else 2
     _kernels.skinny_kernel[(-(-columns // shape.columns) * shape.split,)](
         x, weight, weight if bias is None else bias, out, parts, arrived, rows, columns, width,
         -(-width // part), x.stride(0), out.stride(0),
         shape.tile, shape.columns, shape.width, shape.split, width % part == 0, bias is not None,
-        4 if shape.columns == 64 else 2, bool(early()), num_warps=shape.warps, num_stages=shape.stages, **early(),
+        ahead, bool(early()), num_warps=shape.warps, num_stages=shape.stages, **early(),
     )  # fmt: skip
     return out
 
