@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -12,10 +13,19 @@ from torch import Tensor
 
 from serving.core import MAX_LOGPROBS, SamplingParams
 from serving.sampling.rng import uniforms
-from serving.sampling.sampler import FILTER, LOGPROBS, PENALTY, PlainRows, SampleOutput, Sampler
+from serving.sampling.sampler import FILTER, LOGPROBS, PENALTY, SampleOutput, Sampler
 from serving.sampling.transfer import upload
 
-__all__ = ["DeviceSampler"]
+__all__ = ["DeviceSampler", "RowNumbers"]
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """What every row needs beside its logits: [R] each. Temperature 0 is greedy, and its uniform
+    number means nothing."""
+
+    temperature: NDArray[np.float32]
+    uniform: NDArray[np.float64]
 
 
 class DeviceSampler(Sampler):
@@ -71,9 +81,9 @@ class DeviceSampler(Sampler):
             self._changed = True
         super().release(slot)
 
-    def numbers(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> PlainRows:
-        """Temperature and uniform number of any rows [R]."""
-        return PlainRows(self._temperature[slots], uniforms(self._keys[slots], positions))
+    def numbers(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> RowNumbers:
+        """Of the tokens at these positions, see `Sampler.sample`."""
+        return RowNumbers(self._temperature[slots], uniforms(self._keys[slots], positions))
 
     def all_plain(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> bool:
         """Whether the kernels `draw_tokens` can draw these rows from their logits alone."""
@@ -177,33 +187,25 @@ class DeviceSampler(Sampler):
         return own
 
     def warm_up(self, logits: Tensor) -> None:
-        """Launch everything once on these logits [R, V], R at least 2 unless there is one slot.
+        """Launch everything once on these logits [R, V]; no slot may be in use.
 
-        Kernels are compiled and memory is taken as in the most demanding step; slots must be free.
+        Kernels are compiled, and memory is taken as in the most demanding step.
         """
-        rows = logits.shape[0]
-        every = np.minimum(np.arange(rows), 1)
-        params = SamplingParams(seed=0, top_k=2, top_p=0.5, min_p=0.1, logprobs=1)
-        self.admit(0, params, [0], 1)
-        if rows > 1:
-            self.admit(1, params, [0], 1)
-        last_tokens = torch.zeros(self._table.shape[1], dtype=torch.int32, device=self._device)
-        for more in (False, True):
-            if more:
-                penalty = SamplingParams(
-                    seed=0, top_p=0.5, logprobs=1, presence_penalty=0.1, min_tokens=1,
-                    stop_token_ids=[0],
-                )  # fmt: skip
-                self.admit(0, penalty, [0], 1)
-            numbers = self.numbers(every, np.ones(rows, dtype=np.int64))
+        slots = np.zeros(logits.shape[0], dtype=np.int64)
+        positions = np.ones_like(slots)
+        every = SamplingParams(seed=0, top_k=2, top_p=0.5, min_p=0.1, logprobs=1)
+        changed = SamplingParams(
+            seed=0, top_p=0.5, presence_penalty=0.1, min_tokens=1, stop_token_ids=[0], logprobs=1
+        )
+        for params in (every, changed):
+            self.admit(0, params, [0], 1)
+            numbers = self.numbers(slots, positions)
             self.draw(
-                logits, every, np.ones(rows, dtype=np.int64),
-                slots=upload(every.astype(np.int32), self._device),
+                logits, slots, positions,
+                slots=upload(slots.astype(np.int32), self._device),
                 temperature=upload(numbers.temperature, self._device),
                 uniform=upload(numbers.uniform, self._device),
-                last_tokens=last_tokens,
-                out=torch.zeros(rows, dtype=torch.int32, device=self._device),
+                last_tokens=torch.zeros(1, dtype=torch.int32, device=self._device),
+                out=torch.zeros(len(slots), dtype=torch.int32, device=self._device),
             )  # fmt: skip
         self.release(0)
-        if rows > 1:
-            self.release(1)

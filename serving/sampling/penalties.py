@@ -49,6 +49,7 @@ class PenaltyTable:
             or params.frequency_penalty != 0.0
         )
 
+    @torch.inference_mode()
     def admit(
         self, slot: int, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int
     ) -> None:

@@ -21,7 +21,7 @@ from serving.sampling.penalties import PenaltyTable
 from serving.sampling.rng import stream_key, uniforms
 from serving.sampling.transfer import upload
 
-__all__ = ["FILTER", "LOGPROBS", "PENALTY", "PlainRows", "SampleOutput", "Sampler"]
+__all__ = ["FILTER", "LOGPROBS", "PENALTY", "SampleOutput", "Sampler"]
 
 #: What a slot's flags say: its rows need more than their logits, temperature and number.
 PENALTY, LOGPROBS, FILTER = 1, 2, 4
@@ -43,17 +43,6 @@ class SampleOutput:
     logprobs: Tensor | None = None
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PlainRows:
-    """What rows without filters, penalties, bans or log probabilities need: [R] each.
-
-    Temperature 0 is greedy, and its uniform number means nothing.
-    """
-
-    temperature: NDArray[np.float32]
-    uniform: NDArray[np.float64]
 
 
 class Sampler:
@@ -128,12 +117,6 @@ class Sampler:
         self._banned.pop(slot, None)
         self._flags[slot] = 0
         self._min_end[slot] = 0
-
-    def plain(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> PlainRows | None:
-        """Settings of rows that a kernel can draw from their logits alone; None if one cannot."""
-        if self._flags[slots].any() or (positions < self._min_end[slots]).any():
-            return None
-        return PlainRows(self._temperature[slots], uniforms(self._keys[slots], positions))
 
     @torch.inference_mode()
     def sample(

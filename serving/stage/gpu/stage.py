@@ -21,7 +21,7 @@ from serving.errors import ConfigError
 from serving.kernels.device import gpu_kernels
 from serving.messages import StageSeconds, StepResult
 from serving.models import StageModel
-from serving.sampling import SampleOutput, Sampler
+from serving.sampling.device import DeviceSampler
 from serving.stage.gpu.flow import Flow
 from serving.stage.gpu.graphs import BUCKETS, StepGraphs, bucket_of
 from serving.stage.gpu.memory import MemoryPlan, device_tensor, memory_plan
@@ -79,11 +79,12 @@ class GpuStage:
         self._max_tokens, self._slots = config.max_num_batched_tokens, config.max_num_seqs
         # One slot more than there are sequences takes what padding rows draw.
         self._last_tokens = torch.zeros(self._slots + 1, dtype=torch.int32, device=self._device)
-        self._sampler: Sampler | None = None
+        self._sampler: DeviceSampler | None = None
         if model.last:
-            self._sampler = Sampler(
-                model_config.vocab_size, self._slots, self._device, model_config.eos_token_ids
-            )
+            self._sampler = DeviceSampler(
+                model_config.vocab_size, self._slots, self._device, model_config.eos_token_ids,
+                kernels,
+            )  # fmt: skip
         self._stages = config.pipeline_parallel_size
         self._flow: Flow | None = None
         if transport is not None:
@@ -94,7 +95,7 @@ class GpuStage:
         self._steps = self._replayed = 0
 
     @property
-    def sampler(self) -> Sampler | None:
+    def sampler(self) -> DeviceSampler | None:
         """On the last stage."""
         return self._sampler
 
@@ -117,11 +118,8 @@ class GpuStage:
         # All zero: one sequence of no keys whose tokens are written nowhere that matters.
         self._run_body(size, 0)
         self._run_body(size, 0, longest=1 << 30)
-        if self._model.last:
-            logits = self._model.scores(self._drawn_rows)
-            # The sampler for rows with filters works in float32 with a few copies.
-            spare = torch.empty(4 * logits.numel(), dtype=torch.float32, device=self._device)
-            del logits, spare
+        if self._sampler is not None:
+            self._sampler.warm_up(self._model.scores(self._drawn_rows))
         self._stream.synchronize()
         peak = torch.cuda.max_memory_allocated(self._device) - before
         self._kv = []
@@ -247,15 +245,12 @@ class GpuStage:
         """Last stage: stage what drawing needs; whether a kernel can draw from the logits alone."""
         if self._sampler is None:
             return False
-        plain = self._sampler.plain(rows.sampled_slots, rows.sampled_positions)
-        uniform = np.zeros(len(rows.sampled_slots))
-        temperature = uniform.astype(np.float32)
-        if plain is not None:
-            uniform, temperature = plain.uniform, plain.temperature
+        slots, positions = rows.sampled_slots, rows.sampled_positions
+        numbers = self._sampler.numbers(slots, positions)
         self._staging.fill_drawing(
-            words, uniform, temperature, rows.sampled_tokens, rows.sampled_slots, self._slots
+            words, numbers.uniform, numbers.temperature, rows.sampled_tokens, slots, self._slots
         )
-        return plain is not None
+        return self._sampler.all_plain(slots, positions)
 
     def _enter_entries(self, words: Any, size: Size, entries: PageEntries) -> None:
         """Send what is staged to the device, and bring its page table up to date."""
@@ -356,16 +351,20 @@ class GpuStage:
         was asked for beside them."""
         if self._sampler is None:
             raise AssertionError("only the last stage samples")
-        drawing = self._staging.drawing(len(rows.sampled_slots))
-        logits = self._model.logits(hidden.index_select(0, drawing.rows))
-        output: SampleOutput = self._sampler.sample(
-            logits, drawing.slots, rows.sampled_positions.tolist(), rows.sampled_slots.tolist()
+        count = len(rows.sampled_slots)
+        drawing = self._staging.drawing(count)
+        output = self._sampler.draw(
+            self._model.scores(hidden.index_select(0, drawing.rows)),
+            rows.sampled_slots,
+            rows.sampled_positions,
+            slots=drawing.slots,
+            temperature=drawing.temperature,
+            uniform=drawing.uniform,
+            last_tokens=self._last_tokens,
+            out=self._drawn[:count],
         )
-        tokens = output.token_ids.to(torch.int32)
-        self._last_tokens.index_copy_(0, drawing.slots.long(), tokens)
         found = (output.logprobs, output.top_ids, output.top_logprobs)
-        more = [array for array in found if array is not None]
-        return tokens, [array.int() if array.dtype is torch.int64 else array for array in more]
+        return output.token_ids, [array for array in found if array is not None]
 
     def _enter_many(self, entries: PageEntries) -> None:
         """More page-table entries than the staging buffer holds."""
