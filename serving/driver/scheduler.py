@@ -132,16 +132,20 @@ class Scheduler:
         """
         if len(self.in_flight) >= self.depth or not self.streams:
             return None
-        needs = self.slots.needs_decode()
-        ready = self.slots.ready_to_decode(needs)
-        if not len(ready) and not len(self.order):
+        ready, waiting = self._ready()
+        if not len(ready) and not waiting and not len(self.order):
             return None
-        budget = self.throttle.budget(self._load(int(np.count_nonzero(needs)), len(ready)))
         draft = Draft()
+        budget = self.throttle.budget(self._load(len(ready)))
         decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         prefills, lengths = self._take_prefills(
             budget.prefill_tokens, self.max_rows - len(decodes), draft, now
         )
+        if not len(decodes) and not prefills and waiting:
+            # Nothing else to do: the stages may as well hold this plan while they wait.
+            ready = self.slots.ready_to_decode(self.slots.needs_decode())
+            budget = self.throttle.budget(self._load(len(ready)))
+            decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         if not len(decodes) and not prefills:
             if self.in_flight:
                 return None
@@ -154,14 +158,27 @@ class Scheduler:
                 prefills, lengths = self._take_prefills(allowance, self.max_rows, draft, now)
         return self._commit(decodes, prefills, lengths, draft)
 
-    def _load(self, decoding: int, ready: int) -> Load:
+    def _ready(self) -> tuple[Int64s, bool]:
+        """Slots that may decode now, and whether there are more that should rather wait.
+
+        The first stage holds a whole micro-batch back until the tokens of all its rows are there. A
+        token comes back one round, that is as many micro-batches as there are stages, after its row
+        was planned; a row planned again sooner would stall the others.
+        """
+        slots = self.slots
+        ready = slots.ready_to_decode(slots.needs_decode())
+        back = slots.planned[ready] < slots.known[ready]
+        back |= slots.planned_in[ready] <= self._next_number - self.stages
+        return ready[back], not back.all()
+
+    def _load(self, ready: int) -> Load:
         reserved = 0
         if self.throttle.keeps_reserve and self._waiting_tokens:
             reserved = self.reserve.needed(*self.reserve.running(self.slots))
         return Load(
-            decoding=decoding,
+            decoding=int(np.count_nonzero(self.slots.needs_decode())),
             ready=ready,
-            waiting_tokens=self._waiting_tokens,
+            waiting_tokens=self._servable_tokens(),
             pages_available=self.pool.num_available,
             num_pages=self.pool.num_pages,
             groups=self.stages,
@@ -169,6 +186,14 @@ class Scheduler:
             entered_tokens=self._entered_tokens,
             pages_reserved=reserved,
         )
+
+    def _servable_tokens(self) -> int:
+        """Prompt tokens waiting of sequences that have a slot or, on average, would find one."""
+        outside = self.num_waiting
+        if not outside:
+            return self._entered_tokens
+        tokens = self._waiting_tokens - self._entered_tokens
+        return self._entered_tokens + -(-tokens * min(outside, len(self.slots.free)) // outside)
 
     def _take_decodes(self, ready: Int64s, count: int, draft: Draft) -> Int64s:
         """The first `count` ready slots that have, or can get, a page for their next token."""

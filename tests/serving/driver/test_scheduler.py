@@ -133,7 +133,41 @@ def test_throttle_lets_in_only_who_can_end_so_that_hardly_anybody_is_preempted(
     assert classic.counters.preemptions >= 20
     assert throttle.counters.preemptions <= classic.counters.preemptions // 10
     # Nor does it buy that by running one after the other.
-    assert throttle._next_number < 1.5 * classic._next_number
+    assert throttle._next_number < 2 * classic._next_number
+
+
+def test_a_decode_waits_a_round_for_its_token_while_there_is_other_work() -> None:
+    """Else the first stage would hold back the prompt tokens that share its micro-batch."""
+    engine = FakeEngine(pipeline_parallel_size=3, max_num_batched_tokens=8)
+    engine.submit(prompt_without_eos(5), max_tokens=5)
+    engine.submit(list(range(40)), max_tokens=2)
+    decodes = []
+    for _ in range(4):
+        plan = engine.plan()
+        assert plan is not None
+        assert plan.prefill_lens
+        decodes.append(len(plan.decode_slots) // 2)
+    assert decodes == [0, 0, 0, 1]
+    engine.run_all()
+    engine.check_outputs()
+
+
+def test_a_lone_decode_is_planned_before_its_token_is_back() -> None:
+    engine = FakeEngine(pipeline_parallel_size=3)
+    engine.submit(prompt_without_eos(5), max_tokens=5)
+    assert engine.plan() is not None
+    assert engine.plan() is not None
+    assert len(engine.plans) == 2
+
+
+def test_prompts_that_find_no_slot_set_no_pace() -> None:
+    engine = FakeEngine(max_num_seqs=2)
+    for _ in range(6):
+        engine.submit(PROMPT, max_tokens=4)
+    assert engine.scheduler._servable_tokens() == 20
+    engine.plan()
+    assert engine.scheduler._servable_tokens() == 0
+    assert engine.scheduler._waiting_tokens == 40
 
 
 def test_chunks_of_one_prompt_may_be_in_consecutive_micro_batches() -> None:
