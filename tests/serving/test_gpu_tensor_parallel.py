@@ -61,11 +61,13 @@ def _check(
     family: str,
     folder: Path,
     ranks: int,
-    stages: int,
-    devices: list[str] | None = None,
+    stages: int = 1,
+    *,
+    also_alone: bool = False,
     **settings: Any,
 ) -> None:
-    """Against transformers, against the engine of one rank, and drawn texts against each other."""
+    """Greedy against transformers (and against the engine of one rank); drawn texts against
+    themselves with other neighbours."""
     make_checkpoint(folder, family, eos_token_id=319, **SIZES[family])
     prompts = _prompts()
     greedy = SamplingParams(max_tokens=OUT, temperature=0.0, ignore_eos=True)
@@ -75,51 +77,56 @@ def _check(
         for seed in range(4)
     ]
     usual: dict[str, Any] = {
-        "kv_memory": 1 << 26,
-        "max_model_len": 256,
+        "device": "cuda", "dtype": "float32", "kv_memory": 1 << 26, "max_model_len": 256,
         "max_num_seqs": 16,
-        "dtype": "float32",
-    }
-    answers = []
-    sizes: dict[str, Any] = {"tensor_parallel_size": ranks, "pipeline_parallel_size": stages}
-    if devices is not None:
-        sizes |= {"devices": devices, "gpu_memory_utilization": 0.4}
-    for several in (sizes, {}):
-        with LLM(folder, device="cuda", **(usual | several | settings)) as llm:
-            outputs = llm.generate(prompts, greedy)
-            answers.append([output.outputs[0].token_ids for output in outputs])
-            if several:
-                assert len(children_of(psutil.Process().pid, "serving.stage")) == ranks * stages
-                for drawn in (plain, filtered):
-                    together = llm.generate(prompts[:4], drawn)
-                    alone = [llm.generate(p, s)[0] for p, s in zip(prompts, drawn, strict=False)]
-                    assert [out.outputs[0].token_ids for out in together] == [
-                        out.outputs[0].token_ids for out in alone
-                    ]
-            assert eventually(lambda: llm.engine.stats.pages_used == 0)
+    }  # fmt: skip
+    with LLM(
+        folder,
+        tensor_parallel_size=ranks,
+        pipeline_parallel_size=stages,
+        **(usual | settings),
+    ) as llm:
+        assert len(children_of(psutil.Process().pid, "serving.stage")) == ranks * stages
+        answers = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
+        for drawn in (plain, filtered):
+            together = llm.generate(prompts[:4], drawn)
+            alone = [llm.generate(p, s)[0] for p, s in zip(prompts, drawn, strict=False)]
+            assert [out.outputs[0].token_ids for out in together] == [
+                out.outputs[0].token_ids for out in alone
+            ]
+        assert eventually(lambda: llm.engine.stats.pages_used == 0)
     # The reference stops at its end token, which our sequences ignore.
-    for answer, expected in zip(answers[0], _expected(folder, prompts), strict=True):
+    for answer, expected in zip(answers, _expected(folder, prompts), strict=True):
         assert answer[: len(expected)] == expected
-    assert answers[0] == answers[1]
+    if also_alone:
+        with LLM(folder, **(usual | settings)) as llm:
+            assert answers == [
+                output.outputs[0].token_ids for output in llm.generate(prompts, greedy)
+            ]
 
 
-@pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("family", SIZES)
-def test_two_ranks(family: str, graphs: bool, tmp_path: Path) -> None:
+def test_two_ranks(family: str, tmp_path: Path) -> None:
     _needs(2)
-    _check(family, tmp_path / family, 2, 1, cuda_graphs=graphs)
+    _check(family, tmp_path / family, 2, also_alone=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_two_ranks_without_recorded_steps(family: str, tmp_path: Path) -> None:
+    _needs(2)
+    _check(family, tmp_path / family, 2, cuda_graphs=False)
 
 
 def test_two_ranks_with_chunks_and_preemptions(tmp_path: Path) -> None:
     _needs(2)
-    _check("llama", tmp_path / "llama", 2, 1, max_num_batched_tokens=24, num_kv_pages=20)
+    _check("llama", tmp_path / "llama", 2, max_num_batched_tokens=24, num_kv_pages=20)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_four_ranks(graphs: bool, tmp_path: Path) -> None:
     """Of two key-value heads, so two ranks hold each."""
     _needs(4)
-    _check("mistral", tmp_path / "mistral", 4, 1, cuda_graphs=graphs)
+    _check("mistral", tmp_path / "mistral", 4, cuda_graphs=graphs)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -131,7 +138,8 @@ def test_two_stages_of_two_ranks(graphs: bool, tmp_path: Path) -> None:
 def test_two_stages_of_two_ranks_on_two_gpus(tmp_path: Path) -> None:
     """Stages may share a GPU; the ranks of one stage may not."""
     _needs(2)
-    _check("qwen3", tmp_path / "qwen3", 2, 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"])
+    shared = ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    _check("qwen3", tmp_path / "qwen3", 2, 2, devices=shared, gpu_memory_utilization=0.4)
 
 
 def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
