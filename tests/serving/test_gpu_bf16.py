@@ -78,7 +78,7 @@ def test_first_differences_are_near_ties(
         assert float(best[0] - logits[at, answer[at]]) <= NEAR
     with capsys.disabled():
         print(
-            f"\n{family}, {stages} stages x {ranks} ranks: {len(left)} of {len(prompts)} answers of "
-            f"{OUT} tokens leave the reference's, where its best logits are "
+            f"\n{family}, {stages} stages x {ranks} ranks: {len(left)} of {len(prompts)} answers "
+            f"of {OUT} tokens leave the reference's, where its best logits are "
             f"{max(left, default=0.0):.4f} apart or less"
         )
