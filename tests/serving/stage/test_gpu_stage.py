@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,10 +177,12 @@ def expected(checkpoint: Path) -> list[list[int]]:
     ]  # fmt: skip
 
 
-def _run(checkpoint: Path, stages: int, params: list[dict[str, Any]]) -> list[list[int]]:
+def _run(
+    checkpoint: Path, stages: int, params: list[dict[str, Any]], *, recorded: bool = False
+) -> list[list[int]]:
     engine = FakeEngine(
         PAGES, CONTEXT, pipeline_parallel_size=stages, max_num_batched_tokens=8, max_num_seqs=4,
-        cuda_graphs=False, page_size=4, enable_prefix_caching=False,
+        cuda_graphs=recorded, page_size=4, enable_prefix_caching=False,
     )  # fmt: skip
     pipeline: Any = Pipeline(checkpoint, engine.config)
     engine.model = pipeline
@@ -191,6 +194,7 @@ def _run(checkpoint: Path, stages: int, params: list[dict[str, Any]]) -> list[li
         while engine.plan() is not None:
             pass
         engine.run_one()
+    assert all((stage._replayed > 0) == recorded for stage in pipeline.stages)
     seconds = [stage.seconds() for stage in pipeline.stages]
     assert all(second.busy > 0 for second in seconds)
     assert all((second.wait_input > 0) == (stages > 1) for second in seconds)
@@ -199,10 +203,24 @@ def _run(checkpoint: Path, stages: int, params: list[dict[str, Any]]) -> list[li
     return [engine.outputs[stream] for stream in streams]
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
-def test_greedy_output(stages: int, checkpoint: Path, expected: list[list[int]]) -> None:
+def _record(graphs: Any, kind: str, size: Any, work: Callable[[], None]) -> None:
+    """In place of a recording: the same work once more at every replay."""
+    work()
+    graphs._graphs[kind, size] = SimpleNamespace(replay=work)
+
+
+@pytest.mark.parametrize(("stages", "recorded"), [(1, False), (3, False), (2, True)])
+def test_greedy_output(
+    stages: int,
+    recorded: bool,
+    checkpoint: Path,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At their own sizes, and at padded ones as recorded steps run."""
+    monkeypatch.setattr("serving.stage.gpu.graphs.StepGraphs.record", _record)
     params = [{"max_tokens": OUT, "temperature": 0.0, "ignore_eos": True}] * len(PROMPTS)
-    found = _run(checkpoint, stages, params)
+    found = _run(checkpoint, stages, params, recorded=recorded)
     for answer, right in zip(found, expected, strict=True):
         assert answer[: len(right)] == right
 
