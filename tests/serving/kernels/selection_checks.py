@@ -141,7 +141,7 @@ def check_floors(
             if not bool(((kept ^ wanted) & (mass > 0)).any()):
                 continue  # they differ about tokens that have no mass
             margin = _margin(wide[at], float(temperature[at]), int(k[at]), float(p[at]))
-            assert margin < 1e-6, (name, MIXED[at], float(found[at]), float(expected[at]))
+            assert margin < 3e-6, (name, MIXED[at], float(found[at]), float(expected[at]))
 
 
 def drawn(
@@ -192,7 +192,7 @@ def check_draws(
                 case = (name, MIXED[at], u)
                 assert 0 <= int(token) < vocab, case
                 margin = _margin(wide[at], float(warm[at]), int(k[at]), float(p[at]))
-                if float(p[at]) < 1.0 and margin < 1e-6:
+                if float(p[at]) < 1.0 and margin < 3e-6:
                     continue  # rounding decides about a token
                 assert kept[at, token] > 0, case
                 if int(token) != int(wanted):

@@ -40,7 +40,7 @@ def test_draws_from_a_tiny_vocabulary(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("settings", [(1.0, 6, 1.0, 0.0), (0.8, 0, 0.7, 0.0), (1.0, 12, 0.9, 0.05)])
 def test_distribution(kernels: ModuleType, settings: checks.Settings) -> None:
-    checks.check_distribution(kernels, "cpu", settings, 400)
+    checks.check_distribution(kernels, "cpu", settings, 300)
 
 
 def test_plain_rows_are_drawn_alike(kernels: ModuleType) -> None:
