@@ -17,6 +17,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "up": ("deploy.up", "Start engine, backend, index worker and page on this machine."),
     "serve": ("serving.cli", "Start one engine alone, with an OpenAI-style API."),
     "bench": ("serving.cli", "Run a load against an engine and print its figures."),
+    "simulate": ("serving.cli", "Run the scheduler against predicted step times, without a GPU."),
     "eval": ("rag.cli", "Measure retrieval on a folder of documents and questions."),
     "prepare": ("backend.cli", "Create the state directory, the database and the sample course."),
     "backend": ("backend.cli", "Start the backend: accounts, courses, keys, the /v1 gateway."),

@@ -1,4 +1,4 @@
-"""The commands `lectern serve` and `lectern bench`."""
+"""The commands `lectern serve`, `lectern bench` and `lectern simulate`."""
 
 from __future__ import annotations
 
@@ -118,11 +118,13 @@ Threads = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands `serve` and `bench`."""
+    """Add the commands `serve`, `bench` and `simulate`."""
     from serving.bench.command import bench
+    from serving.simulation.command import simulate
 
     app.command("serve")(serve)
     app.command("bench")(bench)
+    app.command("simulate")(simulate)
 
 
 def serve(

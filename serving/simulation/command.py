@@ -1,0 +1,292 @@
+"""The command `lectern simulate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from serving.errors import ConfigError, LecternError
+
+if TYPE_CHECKING:
+    from serving.simulation.pipeline import Arrival
+
+
+def simulate(
+    load: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KIND:N:RATE as for `lectern bench`, may be given several times. With --trace a "
+            "number: 1.0 is the rate at which the trace, started all at once under fcfs, would "
+            "finish in its own duration; without it the trace's own times."
+        ),
+    ] = None,
+    trace: Annotated[
+        str, typer.Option(help="File in Azure's (csv) or Mooncake's (jsonl) format.")
+    ] = "",
+    requests: Annotated[
+        int, typer.Option(help="Only so many requests of the trace, from its start; 0: all.")
+    ] = 0,
+    profile: Annotated[
+        str,
+        typer.Option(help="Step times: qwen3-8b-h200, qwen3-32b-h200, or a JSON file."),
+    ] = "qwen3-8b-h200",
+    stages: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    layer_layout: Annotated[
+        str, typer.Option(help="Layers of each stage, such as 10,9,9,8.", show_default=False)
+    ] = "",
+    order: Annotated[str, typer.Option(help="Order of service: fcfs.")] = "fcfs",
+    schedule_policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="auto, throttle, classic or steady, as for `lectern serve`; may be given several "
+            "times, and every one is run.",
+            show_default="auto",
+        ),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens in one micro-batch; may be given several times.", show_default="2048"
+        ),
+    ] = None,
+    prefill_spread: Annotated[
+        int, typer.Option(help="For throttle: micro-batches for 2,048 waiting prompt tokens.")
+    ] = 10,
+    prefill_floor: Annotated[
+        int, typer.Option(help="For throttle: tokens that a micro-batch may always have.")
+    ] = 128,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run at once.")] = 1024,
+    max_model_len: Annotated[
+        int, typer.Option(help="Longer requests are dropped and counted.")
+    ] = 131072,
+    num_kv_pages: Annotated[int, typer.Option(help="Pages of the KV cache.")] = 48335,
+    page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
+    known_lengths: Annotated[
+        bool,
+        typer.Option(
+            "--known-lengths/--unknown-lengths",
+            help="Whether the scheduler knows how long each answer gets, as for requests that "
+            "ignore the end of sequence; else each may have --longest-answer tokens.",
+        ),
+    ] = True,
+    longest_answer: Annotated[
+        int, typer.Option(help="For --unknown-lengths: max_tokens of every request.")
+    ] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of lengths and arrivals.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a run on standard output.")
+    ] = False,
+) -> None:
+    """Run the engine's own scheduler against predicted step times, on a virtual clock.
+
+    Nothing is computed but the schedule, so hours of load take seconds and no GPU. Figures are
+    predictions: they say what differs between policies, layouts and budgets.
+    """
+    from serving.cli import fail
+
+    settings = _Settings(
+        profile=profile,
+        stages=stages,
+        layout=layer_layout,
+        max_model_len=max_model_len,
+        num_pages=num_kv_pages,
+        known_lengths=known_lengths,
+        longest_answer=longest_answer,
+        engine={
+            "order": order,
+            "max_num_seqs": max_num_seqs,
+            "page_size": page_size,
+            "prefill_spread": prefill_spread,
+            "prefill_floor": prefill_floor,
+        },
+    )
+    try:
+        first = True
+        for load_set in _loads(settings, load or [], trace, requests, seed):
+            for policy in schedule_policy or ["auto"]:
+                for budget in max_num_batched_tokens or [2048]:
+                    row = _run(settings, load_set, policy, budget, seed)
+                    _print(row, as_json=as_json, first=first)
+                    first = False
+    except LecternError as error:
+        fail(error)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    profile: str
+    stages: int
+    layout: str
+    max_model_len: int
+    num_pages: int
+    known_lengths: bool
+    longest_answer: int
+    engine: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _LoadSet:
+    text: str
+    arrivals: list[Arrival]
+    dropped: int
+    caching: bool
+
+
+def _loads(
+    settings: _Settings, loads: list[str], trace: str, requests: int, seed: int
+) -> list[_LoadSet]:
+    """The loads that were asked for. Raises ConfigError."""
+    if not trace:
+        if not loads:
+            raise ConfigError("Give --load KIND:N:RATE or --trace FILE.", "--load")
+        return [_bench_load(settings, text, seed) for text in loads]
+    from serving.simulation.traces import read_trace
+
+    arrivals, shared = read_trace(Path(trace), seed, most=requests or None)
+    kept = _fitting(settings, arrivals)
+    if not kept:
+        raise ConfigError(
+            f"No request of {trace} fits into --max-model-len {settings.max_model_len}.",
+            "--max-model-len",
+        )
+    name = Path(trace).stem
+    base = _LoadSet(name, kept, len(arrivals) - len(kept), shared)
+    if not loads:
+        return [base]
+    factor = _capacity(settings, base, seed)
+    return [_scaled(base, text, factor) for text in loads]
+
+
+def _bench_load(settings: _Settings, text: str, seed: int) -> _LoadSet:
+    import numpy as np
+
+    from serving.bench.loads import parse_load
+    from serving.simulation.pipeline import Arrival
+
+    load = parse_load(text, seed)
+    arrivals = [
+        Arrival(at, np.zeros(size[0], dtype=np.int32), size[1])
+        for at, size in zip(load.arrivals, load.lengths, strict=True)
+    ]
+    kept = _fitting(settings, arrivals)
+    if not kept:
+        raise ConfigError(f"No request of {text} fits into --max-model-len.", "--max-model-len")
+    return _LoadSet(text, kept, len(arrivals) - len(kept), caching=False)
+
+
+def _fitting(settings: _Settings, arrivals: list[Arrival]) -> list[Arrival]:
+    """Requests that the engine's door would let in."""
+    most = min(settings.max_model_len, settings.num_pages * settings.engine["page_size"])
+    return [one for one in arrivals if len(one.prompt) + one.tokens_out <= most]
+
+
+def _capacity(settings: _Settings, base: _LoadSet, seed: int) -> float:
+    """Seconds that the load takes when all of it is there at once, over its own duration."""
+    from serving.simulation.pipeline import Arrival
+
+    at_once = [Arrival(0.0, one.prompt, one.tokens_out) for one in base.arrivals]
+    load = _LoadSet(f"{base.text}, all at once", at_once, base.dropped, base.caching)
+    row = _run(settings, load, "auto", 2048, seed)
+    duration = base.arrivals[-1].at
+    if not duration:
+        raise ConfigError("The trace has no duration, so --load cannot scale it.", "--load")
+    return float(row["wall_s"]) / duration
+
+
+def _scaled(base: _LoadSet, text: str, factor: float) -> _LoadSet:
+    from serving.simulation.pipeline import Arrival
+
+    try:
+        load = float(text)
+    except ValueError:
+        load = 0.0
+    if not 0 < load < 1e6:
+        raise ConfigError(
+            f"--load {text!r} must be a number such as 0.85 when --trace is given.", "--load"
+        )
+    arrivals = [
+        Arrival(one.at * factor / load, one.prompt, one.tokens_out) for one in base.arrivals
+    ]
+    return _LoadSet(f"{base.text}@{text}", arrivals, base.dropped, base.caching)
+
+
+def _run(
+    settings: _Settings, load: _LoadSet, policy: str, budget: int, seed: int
+) -> dict[str, Any]:
+    from serving.simulation.pipeline import Pipeline, simulated_config
+    from serving.simulation.profile import Profile
+    from serving.simulation.report import summarise
+
+    profile = Profile.load(settings.profile)
+    config = simulated_config(
+        settings.stages,
+        schedule_policy=policy,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=load.caching,
+        layer_layout=_counts(settings.layout),
+        **settings.engine,
+    )
+    pipeline = Pipeline(
+        profile,
+        config,
+        num_pages=settings.num_pages,
+        max_model_len=settings.max_model_len,
+        known_lengths=settings.known_lengths,
+        longest_answer=settings.longest_answer,
+    )
+    began = said = time.monotonic()
+
+    def progress(ended: int, now: float) -> None:
+        nonlocal said
+        if time.monotonic() - said > 5.0:
+            said = time.monotonic()
+            _say(f"{load.text}: {ended} of {len(load.arrivals)} requests, {now:.0f} s simulated")
+
+    outcome = pipeline.run(load.arrivals, progress)
+    took = time.monotonic() - began
+    return {
+        "engine": "lectern, simulated",
+        "profile": profile.name,
+        "pp": settings.stages,
+        "layout": [len(pipeline.layout.layers(stage)) for stage in range(settings.stages)],
+        "load": load.text,
+        "order": config.order,
+        "policy": config.policy,
+        "budget": budget,
+        "seed": seed,
+        **summarise(load.arrivals, outcome),
+        "dropped": load.dropped,
+        "times_real_time": round(outcome.wall / max(took, 1e-9)),
+    }
+
+
+def _counts(layout: str) -> list[int] | None:
+    if not layout:
+        return None
+    try:
+        return [int(part) for part in layout.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--layer-layout must be numbers such as 10,9,9,8, not {layout!r}.", "--layer-layout"
+        ) from None
+
+
+def _print(row: dict[str, Any], *, as_json: bool, first: bool) -> None:
+    from serving.simulation.report import heading, line
+
+    if as_json:
+        print(json.dumps(row), flush=True)
+        return
+    if first:
+        print(heading())
+    print(line(row), flush=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

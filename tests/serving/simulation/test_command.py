@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import main
+
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9951690,396,109
+2023-11-16 18:15:51.2249670,879,55
+"""
+MOONCAKE = "\n".join(
+    json.dumps(row)
+    for row in (
+        {"timestamp": 0, "input_length": 1600, "output_length": 9, "hash_ids": [0, 1, 2, 3]},
+        {"timestamp": 6000, "input_length": 1500, "output_length": 7, "hash_ids": [0, 1, 4]},
+        {"timestamp": 9000, "input_length": 9000, "output_length": 0, "hash_ids": list(range(18))},
+    )
+)
+
+
+def simulate(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main(["simulate", *arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, object]]:
+    code, out, err = simulate(capsys, *arguments, "--json")
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_every_policy_and_budget_is_run_on_every_load(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(
+        capsys,
+        *("--load", "chat:20:10", "--load", "fixed-16-4:8:0", "--stages", "2"),
+        *("--schedule-policy", "classic", "--schedule-policy", "throttle"),
+        *("--max-num-batched-tokens", "256", "--max-num-batched-tokens", "512"),
+    )
+    assert len(found) == 8
+    assert {(row["load"], row["policy"], row["budget"]) for row in found} == {
+        (load, policy, budget)
+        for load in ("chat:20:10", "fixed-16-4:8:0")
+        for policy in ("classic", "throttle")
+        for budget in (256, 512)
+    }
+    last = found[-1]
+    assert last["n"] == 8
+    assert last["prefill_tokens"] == 8 * 16
+    assert last["decode_tokens"] == 8 * 3
+    assert last["layout"] == [18, 18]
+
+
+def test_the_table_has_a_heading_and_a_line_for_each_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = simulate(capsys, "--load", "fixed-16-4:8:0", "--layer-layout", "36")
+    assert code == 0
+    assert [len(line.split()) for line in out.splitlines()][1] == 10
+    assert "bubbles" in out.splitlines()[0]
+
+
+def test_traces_are_told_apart_scaled_and_cut(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    azure, mooncake = tmp_path / "a.csv", tmp_path / "m.jsonl"
+    azure.write_text(AZURE)
+    mooncake.write_text(MOONCAKE)
+    (whole,) = rows(capsys, "--trace", str(azure))
+    assert whole["n"] == 3
+    assert whole["prefill_tokens"] == 374 + 396 + 879
+    (cut,) = rows(capsys, "--trace", str(mooncake), "--max-model-len", "4000", "--load", "0.5")
+    assert (cut["n"], cut["dropped"]) == (2, 1)
+    assert cut["cached_tokens"] == 1024
+    assert cut["load"] == "m@0.5"
+    (slow,) = rows(capsys, "--trace", str(azure), "--requests", "2", "--load", "0.1")
+    assert slow["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ((), "--load KIND:N:RATE or --trace"),
+        (("--load", "chat:5"), "--load"),
+        (("--load", "chat:5:0", "--max-model-len", "5"), "--max-model-len"),
+        (("--load", "chat:5:0", "--profile", "none"), "--profile"),
+        (("--load", "chat:5:0", "--layer-layout", "a,b"), "--layer-layout"),
+        (("--load", "chat:5:0", "--schedule-policy", "best"), "--schedule-policy"),
+        (("--trace", "/nowhere"), "--trace"),
+        (("--trace", "{empty}"), "--trace"),
+        (("--trace", "{azure}", "--load", "fast"), "--load"),
+        (("--trace", "{azure}", "--max-model-len", "5"), "--max-model-len"),
+        (("--trace", "{azure}", "--requests", "1", "--load", "1"), "no duration"),
+    ],
+)
+def test_bad_commands_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], part: str
+) -> None:
+    (tmp_path / "azure").write_text(AZURE)
+    (tmp_path / "empty").write_text("")
+    names = {"azure": tmp_path / "azure", "empty": tmp_path / "empty"}
+    code, out, err = simulate(capsys, *(argument.format(**names) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    assert part in err
+    assert err.startswith("lectern: ")
+    assert err.count("\n") == 1
