@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serving.kernels.triton.selection import BLOCK, WIDE, candidates, ordered, value_of
+from serving.kernels.triton.selection import BLOCK, WIDE, candidates
+from serving.kernels.triton.selection_kernels import ordered, value_of
 
 __all__ = ["token_logprobs"]
 
