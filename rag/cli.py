@@ -1,4 +1,4 @@
-"""`lectern eval retrieval`: recall of the search on a folder of documents and questions."""
+"""`lectern eval`: recall of the search, and answers end to end, on documents and questions."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import json
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from rag.sample import sample_documents_folder, sample_questions_file
+from rag.sample import (
+    sample_course_folder,
+    sample_documents_folder,
+    sample_questions_file,
+    sample_unanswerable_file,
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the sub-application `eval` to the `lectern` command."""
-    evaluation = typer.Typer(help="Measure retrieval on a folder of documents and questions.")
+    evaluation = typer.Typer(
+        help="Measure retrieval or answers on a folder of documents and questions."
+    )
     evaluation.callback()(_no_operation)
     evaluation.command("retrieval")(retrieval)
+    evaluation.command("answers")(answers)
     app.add_typer(evaluation, name="eval")
 
 
@@ -109,6 +118,84 @@ def retrieval(
                 f"{leg:<8}{name or 'all':<10}{row['n']:>5}{row['recall@1']:>8.3f}"
                 f"{row['recall@5']:>8.3f}{row['recall@10']:>8.3f}{row['mrr']:>8.3f}"
             )
+    typer.echo(json.dumps(report.summary()))
+
+
+def answers(
+    model: Annotated[
+        str, typer.Option(help="Model folder, or `demo`: an engine is started for it.")
+    ] = "demo",
+    engine: Annotated[
+        str | None, typer.Option(help="URL of an engine that runs already, without /v1.")
+    ] = None,
+    passages: Annotated[int, typer.Option(help="Passages shown with each question.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the passages' order; -1: best first.")] = 0,
+    embedder: Annotated[str | None, typer.Option(help="Embedder name or folder.")] = None,
+    transcripts: Annotated[
+        Path | None, typer.Option(help="File for prompts, answers and marks, as JSON Lines.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON only: details, then the summary.")
+    ] = False,
+) -> None:
+    """Ask the sample course's questions of an engine and print how good the answers are."""
+    from rag.answers import make_cases, measure, read_asked
+    from rag.embedding import EmbedderError, load_embedder
+    from rag.engine_client import EngineError, running_engine
+    from rag.evaluation import EvaluationError, read_documents, read_questions
+
+    questions = sample_questions_file()
+    names = tomllib.loads((sample_course_folder() / "course.toml").read_text("utf-8"))["name"]
+    try:
+        asked = read_asked(read_questions(questions), questions, sample_unanswerable_file())
+        read = read_documents(
+            sample_documents_folder(), _warn, progress("Reading documents", "files")
+        )
+        searching = load_embedder(embedder)
+        with (
+            tempfile.TemporaryDirectory(prefix="lectern-eval-") as scratch,
+            running_engine(model, engine) as client,
+        ):
+            cases = make_cases(
+                asked,
+                read,
+                searching,
+                Path(scratch),
+                course={"zh": names["zh"], "en": names["en"]},
+                count=client.count,
+                context_tokens=client.context_tokens,
+                passages=passages,
+                seed=None if seed < 0 else seed,
+                on_embed=progress("Embedding passages", "passages"),
+            )
+            report = measure(cases, client, progress("Asking questions", "questions"))
+            name = client.model
+    except (EvaluationError, EmbedderError, EngineError) as error:
+        _refuse(str(error))
+    if transcripts is not None:
+        rows = [
+            {
+                "set": r.case.asked.set,
+                "question": r.case.asked.text,
+                "key_phrase": r.case.asked.key_phrase,
+                "right": r.case.right,
+                "cited": r.cited,
+                "answer": r.answer,
+                "messages": r.case.messages,
+            }
+            for r in (*report.answered, *report.unanswerable)
+        ]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        transcripts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    details = report.by_set()
+    if as_json:
+        head = {"model": name, "passages": passages, "seed": seed, "details": details}
+        typer.echo(json.dumps(head, ensure_ascii=False))
+    else:
+        typer.echo(f"{name}, {passages} passages, order by seed {seed}")
+        for key, row in details.items():
+            figures = ", ".join(f"{label} {figure}" for label, figure in row.items())
+            typer.echo(f"{key}: {figures}")
     typer.echo(json.dumps(report.summary()))
 
 

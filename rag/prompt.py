@@ -48,6 +48,8 @@ _NOTHING: dict[Language, str] = {
     "zh": "课程资料中没有找到与这个问题有关的内容。",
 }
 _QUESTION: dict[Language, str] = {"en": "Question:", "zh": "问题："}
+_TERMS: dict[Language, str] = {"en": "Terms:", "zh": "术语："}
+_TERM_SEPARATOR: dict[Language, str] = {"en": "; ", "zh": "；"}
 _CUT = " …"
 
 #: Marks that chat templates of the supported families read as the start or end of a message.
@@ -112,11 +114,14 @@ def build_prompt(
     context_tokens: int,
     answer_reserve: int,
     language: Language = "en",
+    terms: Sequence[tuple[str, str]] = (),
 ) -> Prompt:
     """Return the prompt for a question, never longer than the context.
 
     Args:
         passages: best first.
+        terms: words of the question with their names in the language of the passages; they
+            stand between passages and question, and only where there are passages.
         history: earlier messages of the dialogue, oldest first, without the question.
         count_tokens: length in tokens of a list of messages, as the engine would see them.
         context_tokens: what prompt and answer may take together.
@@ -125,7 +130,7 @@ def build_prompt(
     Raises:
         PromptTooLong: the question without anything else leaves no room for an answer.
     """
-    maker = _Maker(course, question, passages, language, count_tokens)
+    maker = _Maker(course, question, passages, language, count_tokens, terms)
     turns = _turns(history)
     system, room = _fit_frame(maker, context_tokens, answer_reserve)
     used = _fit_passages(maker, system, room, len(passages))
@@ -156,11 +161,13 @@ class _Maker:
         passages: Sequence[PromptPassage],
         language: Language,
         count: CountTokens,
+        terms: Sequence[tuple[str, str]],
     ) -> None:
         self._question = defused(question)
         self._passages = passages
         self._language = language
         self._count = count
+        self._terms = [f"{_one_line(word)} = {_one_line(name)}" for word, name in terms]
         self._systems = (
             _SYSTEM[language].format(course=_one_line(course)),
             _SHORT_SYSTEM[language],
@@ -202,6 +209,9 @@ class _Maker:
         if used:
             shown = [self._shown(n, i, cut) for n, i in enumerate(used, start=1)]
             parts = [_INTRODUCTION[self._language], *shown]
+            if self._terms:
+                names = _TERM_SEPARATOR[self._language].join(self._terms)
+                parts.append(f"{_TERMS[self._language]}{names}")
         elif framed:
             parts = [_NOTHING[self._language]]
         else:

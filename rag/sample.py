@@ -16,3 +16,7 @@ def sample_documents_folder() -> Path:
 
 def sample_questions_file() -> Path:
     return sample_course_folder() / "questions.jsonl"
+
+
+def sample_unanswerable_file() -> Path:
+    return sample_course_folder() / "unanswerable.jsonl"

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from rag.tokens import chinese_words, is_dictionary_word
+from rag.tokens import chinese_words, cjk_share, is_dictionary_word
 
 _CJK_RUN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]+")
+#: Names given with one question; and the share of Chinese letters of a Chinese passage.
+_MOST_NAMES = 12
+_CHINESE_PASSAGE = 0.3
 _FILE = Path(__file__).with_name("zh_en.tsv")
 
 
@@ -87,6 +90,19 @@ class Glossary:
             position = term.end
         parts.append(_CJK_RUN.sub(" ", text[position:]))
         return " ".join("".join(parts).replace("，", ", ").replace("。", ". ").split())
+
+    def names(self, question: str, passages: Iterable[str]) -> list[tuple[str, str]]:
+        """Return (term, usual English name) for the terms of a question over English passages.
+
+        Nothing where every passage is Chinese: then the question's own words are there to be found.
+        """
+        if all(cjk_share(text) > _CHINESE_PASSAGE for text in passages):
+            return []
+        found: dict[str, str] = {}
+        for term in self.find(question):
+            if term.end - term.start > 1:
+                found.setdefault(question[term.start : term.end], term.english[0])
+        return list(found.items())[:_MOST_NAMES]
 
     def coverage(self, text: str) -> float:
         """Return the share of the Chinese characters of `text` that terms name."""

@@ -1,0 +1,1 @@
+"""Reproduces the demo model: corpus, tokenizer, data, training, evaluation of generated tasks."""

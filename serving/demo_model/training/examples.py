@@ -1,0 +1,265 @@
+"""Training examples: chats whose answers are sentences of the right passage, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from random import Random
+
+from serving.demo_model.training import frames, prompts
+from serving.demo_model.training.corpus import Corpus, Passage, Search, content, make_passage
+from serving.demo_model.training.dialogue import talk
+from serving.demo_model.training.lexicon import Lexicon
+from serving.demo_model.training.prompts import Turn
+from serving.demo_model.training.questions import ask_across, ask_chinese, ask_english
+from serving.demo_model.training.tasks import KINDS, make_task
+
+#: How often the right passage is missing, so that the answer is a refusal.
+_MISSING = 0.2
+_COUNTS = (1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 8, 8)
+_COURSES = (
+    "编译原理", "操作系统", "计算机网络", "数据库系统", "软件工程", "数据结构", "机器学习导论",
+    "Operating Systems", "Computer Networks", "Databases", "Software Engineering", "Algorithms",
+    "Programming in Practice", "Compilers", "Machine Learning", "Web Development", "System Tools",
+)  # fmt: skip
+_MOST_TERMS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A text in pieces: what is only read, and what is to be learnt (`answer`)."""
+
+    read: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question with its passage; `text` is the answer, None if the passage lacks it."""
+
+    question: str
+    chinese: bool
+    target: Passage
+    text: str | None
+    wrong: list[Passage]
+
+
+class Maker:
+    """Makes examples from a corpus; the same random numbers give the same example."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
+        self.search = Search(corpus.passages)
+        self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
+            (0.34, self._documentation),
+            (0.14, self._documentation_in_chinese),
+            (0.22, self._facts),
+            (0.10, self._messages if corpus.runs else self._facts),
+            (0.13, self._task),
+            (0.03, self._talk),
+            (0.04, self._dictionary),
+        ]
+
+    def example(self, rng: Random) -> Example:
+        place = rng.random()
+        for share, make in self._kinds:
+            place -= share
+            if place < 0:
+                return make(rng)
+        return self._kinds[-1][1](rng)
+
+    # Documentation: English passages, with other passages of the same documents as wrong ones.
+
+    def _documentation(self, rng: Random) -> Example:
+        return self._about_documents(rng, chinese=False)
+
+    def _documentation_in_chinese(self, rng: Random) -> Example:
+        return self._about_documents(rng, chinese=True)
+
+    def _asked_of_documents(self, rng: Random, chinese: bool) -> tuple[int, int, str]:
+        """Return the number of a passage, the place of a sentence in it, and a question on it."""
+        search = self.search
+        while True:
+            number = rng.randrange(len(search.passages))
+            target = search.passages[number]
+            place = rng.randrange(len(target.spans))
+            sentence = target.sentence(place)
+            if len(sentence) < 30:
+                continue
+            if chinese:
+                question = ask_across(sentence, rng, self.lexicon, chinese=True)
+                if question is not None:
+                    return number, place, question
+            elif rng.random() < 0.06 and len(target.heading.split()) > 2:
+                asked = ask_english(target.heading, rng, self.lexicon, search.weight, 0.3)
+                return number, 0, asked
+            else:
+                swap = rng.choice((0.0, 0.2, 0.4, 0.5, 0.6))
+                asked = ask_english(sentence, rng, self.lexicon, search.weight, swap)
+                return number, place, asked
+
+    def _about_documents(self, rng: Random, chinese: bool) -> Example:
+        search = self.search
+        number, place, question = self._asked_of_documents(rng, chinese)
+        target = search.passages[number]
+        sentence = target.sentence(place)
+        last = place + 1 == len(target.spans) or (
+            target.paragraph[place + 1] != target.paragraph[place]
+        )
+        if not chinese and not last and len(target.spans) > 2 and rng.random() < 0.15:
+            # The sentence asked about is gone: what followed it has to be found by its subject.
+            target = target.without(place)
+        if target.code and rng.random() < 0.5:
+            target = replace(target, code="")
+        text = target.window(place)
+        if target.code and rng.random() < 0.15:
+            wish = rng.choice((" Show the code.", " Give the example.", " I need the code for it."))
+            question += " 请给出代码。" if chinese else wish
+            text = f"\n```\n{target.code}\n```"
+        words = content(question if not chinese else sentence)
+        mine = search.overlap(words, number)
+        wrong: list[Passage] = []
+        hard = search.rank(words, rng, 14)
+        same = search.groups[target.group]
+        near = [n for n in range(number - 4, number + 5) if 0 <= n < len(search.passages)]
+        others = [*hard, *rng.sample(same, min(3, len(same))), *rng.sample(near, 3)]
+        rng.shuffle(others)
+        for other in dict.fromkeys([*others, rng.randrange(len(search.passages))]):
+            if other != number and search.overlap(words, other) < max(0.8 * mine, 0.2):
+                wrong.append(search.passages[other])
+        return self._put(rng, _Asked(question, chinese, target, text, wrong))
+
+    # Invented facts, in both languages.
+
+    def _facts(self, rng: Random) -> Example:
+        text_chinese = rng.random() < 0.65
+        ask_in_chinese = text_chinese if rng.random() < 0.7 else not text_chinese
+        topic = rng.choice(self.lexicon.terms)
+        target, facts = frames.passage(rng, self.lexicon, text_chinese, topic)
+        place = rng.randrange(len(facts))
+        if ask_in_chinese == text_chinese and rng.random() < 0.3:
+            sentence = target.sentence(place)
+            question = (
+                ask_chinese(sentence, rng, self.lexicon, 0.5)
+                if text_chinese
+                else ask_english(sentence, rng, self.lexicon, self.search.weight, 0.3)
+            )
+        else:
+            question = facts[place].ask(rng, ask_in_chinese)
+        wrong = []
+        for _ in range(8):
+            kind = rng.random()
+            other = topic if kind < 0.3 else rng.choice(self.lexicon.terms)
+            made, told = frames.passage(rng, self.lexicon, rng.random() < 0.8, other)
+            if all(f.frame is not facts[place].frame or other is not topic for f in told):
+                wrong.append(made)
+        asked = _Asked(question, ask_in_chinese, target, target.window(place, 2), wrong)
+        return self._put(rng, asked)
+
+    # Messages of programs with their translations: short Chinese sentences.
+
+    def _messages(self, rng: Random) -> Example:
+        corpus = self.corpus
+        first, end = rng.choices(corpus.runs, [b - a for a, b in corpus.runs])[0]
+        text_chinese = rng.random() < 0.75
+        ask_in_chinese = rng.random() < 0.8
+
+        def passage() -> tuple[Passage, list[tuple[str, str]]]:
+            start = rng.randrange(first, max(first + 1, end - 6))
+            rows = corpus.pairs[start : start + rng.randint(2, 6)]
+            rows = [r for r in rows if r[0] or text_chinese] or [corpus.pairs[first]]
+            body = "".join(_ended(z) for _, z in rows)
+            if not text_chinese:
+                body = " ".join(_ended(e or z) for e, z in rows)
+            title = rng.choice(rng.choice(self.lexicon.terms)[0 if text_chinese else 1])
+            return make_passage("", title, title, [body]), rows
+
+        target, rows = passage()
+        place = rng.randrange(len(target.spans))
+        sentence = target.sentence(place)
+        row = next((r for r in rows if sentence[:12] in r[0] or sentence[:12] in r[1]), rows[0])
+        if ask_in_chinese:
+            question = ask_chinese(row[1], rng, self.lexicon, 0.5)
+        else:
+            question = ask_english(
+                row[0] or "this message", rng, self.lexicon, self.search.weight, 0.3
+            )
+        own = set(rows)
+        wrong = [p for p, r in (passage() for _ in range(8)) if not own & set(r)]
+        asked = _Asked(question, ask_in_chinese, target, target.window(place, 2), wrong)
+        return self._put(rng, asked)
+
+    def _put(self, rng: Random, asked: _Asked) -> Example:
+        """Shuffle right and wrong passages into a prompt; sometimes leave out the right one."""
+        count = rng.choice(_COUNTS)
+        wrong = list(asked.wrong)
+        rng.shuffle(wrong)
+        missing = rng.random() < _MISSING
+        shown = wrong[: count if missing else count - 1]
+        if not missing:
+            shown.insert(rng.randint(0, len(shown)), asked.target)
+        chinese = asked.chinese
+        terms: list[tuple[str, str]] = []
+        if chinese and any(not p.chinese for p in shown) and rng.random() < 0.85:
+            terms = self.lexicon.names(asked.question)[:_MOST_TERMS]
+        turns = self._before(rng, chinese)
+        turns.append(prompts.question_turn(asked.question, shown, chinese, terms))
+        if missing or asked.text is None:
+            answer = prompts.REFUSAL_ZH if chinese else prompts.REFUSAL_EN
+        else:
+            answer = prompts.answer_text(shown.index(asked.target) + 1, asked.text, chinese)
+        return Example(prompts.chat(turns), answer + prompts.TURN_END + "\n")
+
+    def _before(self, rng: Random, chinese: bool) -> list[Turn]:
+        """The system text, and at times an earlier question with its answer."""
+        turns = [prompts.system(rng.choice(_COURSES), chinese)] if rng.random() < 0.95 else []
+        if rng.random() < 0.12:
+            earlier = frames.fact(rng, self.lexicon)
+            said = prompts.answer_text(rng.randint(1, 8), earlier.write(rng, chinese), chinese)
+            if rng.random() < 0.2:
+                said = prompts.REFUSAL_ZH if chinese else prompts.REFUSAL_EN
+            turns += [("user", earlier.ask(rng, chinese)), ("assistant", said)]
+        return turns
+
+    # Tasks, small talk, words.
+
+    def _task(self, rng: Random) -> Example:
+        task = make_task(rng.choice((*KINDS, "two_hop")), rng)
+        return Example(prompts.chat([("user", task.prompt)]), task.answer + prompts.TURN_END + "\n")
+
+    def _talk(self, rng: Random) -> Example:
+        chinese = rng.random() < 0.5
+        said, reply = talk(rng, chinese)
+        shown = [
+            frames.passage(rng, self.lexicon, rng.random() < 0.5)[0]
+            for _ in range(rng.choice((0, 2, 3, 4, 6)))
+        ]
+        if shown and rng.random() < 0.4 and self.search.passages:
+            shown[0] = rng.choice(self.search.passages)
+        turns = self._before(rng, chinese)
+        turns.append(prompts.question_turn(said, shown, chinese))
+        if rng.random() < 0.2:
+            turns = [("user", said)]
+        return Example(prompts.chat(turns), reply + prompts.TURN_END + "\n")
+
+    def _dictionary(self, rng: Random) -> Example:
+        """Words with their names in the other language, or with their meanings."""
+        lines = []
+        for _ in range(rng.randint(8, 30)):
+            kind = rng.random()
+            if kind < 0.5 or not self.corpus.definitions:
+                rows = self.lexicon.terms if kind < 0.35 else self.lexicon.everyday
+                chinese, english = rng.choice(rows)
+                names = [rng.choice(chinese), rng.choice(english)]
+                rng.shuffle(names)
+                lines.append(" = ".join(names))
+            elif kind < 0.85 or not self.corpus.characters:
+                lines.append(": ".join(rng.choice(self.corpus.definitions)))
+            else:
+                lines.append(" = ".join(rng.choice(self.corpus.characters)))
+        return Example("\n".join(lines) + "\n" + prompts.END_OF_TEXT, "")
+
+
+def _ended(text: str) -> str:
+    return text if text[-1:] in ".。！？!?" else text + ("。" if not text.isascii() else ".")

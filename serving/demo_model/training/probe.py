@@ -1,0 +1,83 @@
+"""Which passage a model in training would cite, for prompts whose right passages are known.
+
+A probe file has one JSON object a line: `prompt` (a whole chat up to the assistant's turn),
+`right` (numbers of the passages that may be cited; empty if it should refuse), and `set`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from serving.demo_model.training.lexicon import HAN
+from serving.demo_model.training.model import Decoder, dense_mask
+from serving.demo_model.training.prompts import REFUSAL_EN, REFUSAL_ZH, answer_text
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    ids: list[int]
+    start: int  # place of the token that decides between answer and refusal
+    answer: int
+    refusal: int
+    right: list[int]
+    kind: str
+
+
+class Probe:
+    """Reads off next-token choices; nothing is generated, so it takes a second."""
+
+    def __init__(self, rows: list[_Row], digits: list[int]) -> None:
+        self._rows = rows
+        self._digits = digits
+
+    @classmethod
+    def read(cls, file: Path, tokenizer: Path, most: int = 600) -> Probe:
+        """Read a probe file."""
+        encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+
+        def ids(text: str) -> list[int]:
+            return list(encoder.encode(text, add_special_tokens=False).ids)
+
+        rows = []
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        Random(0).shuffle(lines)
+        for line in lines[:most]:
+            question = line["prompt"].rsplit("<|im_end|>", 1)[0].rsplit("\n", 1)[-1]
+            chinese = bool(HAN.search(question))
+            lead = ids(answer_text(7, "x", chinese).split("7")[0])
+            prompt = ids(line["prompt"])
+            refusal = ids(REFUSAL_ZH if chinese else REFUSAL_EN)
+            place = next(i for i, (a, b) in enumerate(zip(lead, refusal, strict=False)) if a != b)
+            rows.append(_Row(prompt + lead, len(prompt) - 1 + place, lead[place], refusal[place],
+                             list(line["right"]), line["set"]))  # fmt: skip
+        return cls(rows, [ids(str(n))[0] for n in range(10)])
+
+    @torch.no_grad()
+    def measure(self, model: Decoder, device: torch.device) -> dict[str, Any]:
+        """Return by set: share of right citations, and of refusals."""
+        cited: defaultdict[str, list[float]] = defaultdict(list)
+        refused: defaultdict[str, list[float]] = defaultdict(list)
+        for row in self._rows:
+            tokens = torch.tensor([row.ids], device=device)
+            positions = torch.arange(len(row.ids), device=device)[None]
+            mask = dense_mask(torch.zeros_like(tokens))
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = model.hidden(tokens, positions, mask)
+                logits = hidden[0, [row.start, -1]] @ model.embed_tokens.weight.T
+            refuses = bool(logits[0, row.refusal] > logits[0, row.answer])
+            if row.right:
+                digit = int(logits[1, self._digits].argmax())
+                cited[f"cite {row.kind}"].append(float(digit in row.right))
+                refused[f"false refusal {row.kind}"].append(float(refuses))
+            else:
+                refused[f"refusal {row.kind}"].append(float(refuses))
+        figures = {**cited, **refused}
+        return {name: round(sum(f) / len(f), 3) for name, f in sorted(figures.items())}

@@ -1,0 +1,112 @@
+"""Batches out of shards: made beforehand, or by a generator that runs beside the training."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS
+
+#: Shards kept in memory to be read again when the generator is slower than the training.
+_KEPT = 1500
+
+
+class Shards:
+    """The shards of a stream in order, from `first` on.
+
+    With `replay`, a shard that is not ready in time is replaced by an earlier one, chosen at
+    random; otherwise the training waits. `number` is the next new shard, to resume from.
+    """
+
+    def __init__(self, folder: Path, first: int, generator: list[str] | None, replay: bool) -> None:
+        self._folder = folder
+        self.number = first
+        self.replayed = 0
+        self._replay = replay
+        self._random = Random(first)
+        self._kept: list[np.ndarray] = []
+        self._ready: queue.Queue[Path | None] = queue.Queue()
+        self._process: subprocess.Popen[str] | None = None
+        if generator is not None:
+            command = [sys.executable, "-m", "serving.demo_model.training.data", *generator]
+            self._process = subprocess.Popen(
+                [*command, "--first", str(first)], stdout=subprocess.PIPE, text=True
+            )
+            threading.Thread(target=self._listen, daemon=True).start()
+        else:
+            for file in sorted(folder.glob("*.npy")):
+                if int(file.stem) >= first:
+                    self._ready.put(file)
+            self._ready.put(None)
+
+    def _listen(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._ready.put(Path(line.strip()))
+        self._ready.put(None)
+
+    def next(self) -> np.ndarray:
+        """Return the next shard.
+
+        Raises:
+            EOFError: there are no more shards and none may be read again.
+        """
+        try:
+            file = self._ready.get(block=not (self._replay and self._kept))
+        except queue.Empty:
+            self.replayed += 1
+            return self._random.choice(self._kept)
+        if file is None:
+            if not (self._replay and self._kept):
+                raise EOFError(f"The shards of {self._folder} are used up; make more of them.")
+            self._ready.put(None)
+            self.replayed += 1
+            return self._random.choice(self._kept)
+        shard: np.ndarray = np.load(file)
+        self.number = int(file.stem) + 1
+        self._kept.append(shard)
+        if len(self._kept) > _KEPT:
+            del self._kept[0]
+        return shard
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+
+def batches(shards: Shards, rows: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield [rows, context] int64 tensors of marked tokens on the device."""
+    while True:
+        shard = torch.from_numpy(shards.next().astype(np.int32)).to(device, non_blocking=True)
+        for start in range(0, len(shard) - rows + 1, rows):
+            yield shard[start : start + rows].long()
+
+
+def unpack(
+    marked: Tensor, filler: int, context_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (tokens, positions, documents, targets, weights), each [rows, context - 1].
+
+    Positions count from 0 in every document. The weight of a target is 1 in an answer,
+    `context_weight` elsewhere, and 0 where it belongs to the next document or fills a row.
+    """
+    tokens = marked & TOKEN_BITS
+    starts = (marked & FIRST) != 0
+    documents = starts.cumsum(1)
+    places = torch.arange(marked.shape[1], device=marked.device).expand_as(marked)
+    positions = places - torch.where(starts, places, 0).cummax(1).values
+    target = marked[:, 1:]
+    weights = torch.where((target & ANSWER) != 0, 1.0, context_weight)
+    weights = weights.masked_fill(((target & FIRST) != 0) | (tokens[:, 1:] == filler), 0.0)
+    return tokens[:, :-1], positions[:, :-1], documents[:, :-1], tokens[:, 1:], weights

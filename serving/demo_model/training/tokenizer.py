@@ -1,0 +1,120 @@
+"""Trains the model's byte-level BPE tokenizer on its own training text.
+
+    python -m serving.demo_model.training.tokenizer --corpus FILE --out FOLDER
+
+Each common Chinese character becomes one token before longer words are learnt, so that text of
+other subjects is not cut into bytes. Digits stay single, so that numbers are copied digit by digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from serving.demo_model.training.corpus import Corpus
+from serving.demo_model.training.examples import Maker
+from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END, TURN_START
+
+VOCABULARY = 12_032
+#: A character of GB 2312's first level counts this often, so that its bytes are joined first.
+_CHARACTER_COUNT = 400
+_PUNCTUATION = "，。！？；：、（）《》“”‘’【】—…·›"
+#: Chinese words of grammar stand alone, so that a term beside them is cut the same everywhere.
+_GRAMMAR = "的了和与或在是有把被就都也不这那个从到对为以及其"
+#: Latin words with the space before them, runs of Chinese, digits alone.
+_SPLIT = (
+    r"[^\S\n]?[A-Za-z]+"
+    rf"|[{_GRAMMAR}]|[\u3400-\u9fff&&[^{_GRAMMAR}]]+"
+    r"|\d|[^\S\n]?[^\sA-Za-z\d\u3400-\u9fff]{1,4}|\n+|[^\S\n]+"
+)
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+
+
+def common_characters() -> list[str]:
+    """Return the 3,755 characters of GB 2312's first level."""
+    codes = (bytes([row, cell]) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
+    decoded = (code.decode("gb2312", errors="ignore") for code in codes)
+    return [character for character in decoded if character]
+
+
+def _texts(corpus: Corpus, examples: int, seed: int) -> Iterator[str]:
+    for character in [*common_characters(), *_PUNCTUATION]:
+        yield from [character] * _CHARACTER_COUNT
+    for passage in corpus.passages:
+        yield passage.body
+    for english, chinese in corpus.pairs:
+        yield english
+        yield chinese
+    maker = Maker(corpus)
+    rng = Random(f"tokenizer-{seed}")
+    for _ in range(examples):
+        example = maker.example(rng)
+        yield example.read
+        yield example.answer
+
+
+def train(
+    corpus: Corpus, *, vocabulary: int = VOCABULARY, examples: int = 3000, seed: int = 1
+) -> Tokenizer:
+    """Return a tokenizer of `vocabulary` tokens, special ones included."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(t, special=True) for t in (END_OF_TEXT, TURN_START, TURN_END)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(corpus, examples, seed), trainer)
+    return tokenizer
+
+
+def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": TURN_END,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(config, indent=1, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tokenizer.")
+    parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    parser.add_argument("--context", type=int, default=4096)
+    a = parser.parse_args()
+    tokenizer = train(Corpus.load(a.corpus), vocabulary=a.vocabulary)
+    write(tokenizer, a.out, a.context)
+    print(f"{a.out}: {tokenizer.get_vocab_size()} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""Training of the demo model: its data are its own, the same every time, and it starts again."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice, pairwise
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer as Backend
+
+from rag.prompt import PromptPassage, build_prompt
+from rag.sample import sample_documents_folder, sample_questions_file
+from serving import LLM, SamplingParams
+from serving.demo_model.training import prompts
+from serving.demo_model.training.corpus import Corpus, make_passage
+from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS, generate, make_shard
+from serving.demo_model.training.examples import Maker
+from serving.demo_model.training.export import export, load, shape_of
+from serving.demo_model.training.model import Decoder, Shape, attend, block_mask, dense_mask
+from serving.demo_model.training.optimiser import orthogonal
+from serving.demo_model.training.overlap import course_runs, runs, shared, training_texts
+from serving.demo_model.training.probe import Probe
+from serving.demo_model.training.stream import unpack
+from serving.demo_model.training.tasks import KINDS, exact_match, held_out, make_task
+from serving.demo_model.training.tokenizer import train as train_tokenizer
+from serving.demo_model.training.tokenizer import write as write_tokenizer
+from serving.demo_model.training.train import Trainer, arguments, rate_scale
+from serving.tokenizer import Tokenizer
+
+TOY = {
+    "vocabulary": 2048,
+    "hidden": 64,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 32,
+    "intermediate": 96,
+    "context": 1024,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return Corpus.load(None)
+
+
+@pytest.fixture(scope="module")
+def maker(corpus: Corpus) -> Maker:
+    return Maker(corpus)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small = Corpus(corpus.passages[:200])
+    write_tokenizer(train_tokenizer(small, vocabulary=2048, examples=20), folder, 1024)
+    return folder
+
+
+def backend(folder: Path) -> Backend:
+    return Backend.from_file(str(folder / "tokenizer.json"))
+
+
+def test_no_text_of_the_sample_course_is_in_the_sources(corpus: Corpus) -> None:
+    assert shared(training_texts(corpus)) == []
+
+
+def test_no_example_contains_text_of_the_sample_course(maker: Maker) -> None:
+    texts = [maker.example(Random(n)) for n in range(300)]
+    assert shared(e.read + e.answer for e in texts) == []
+
+
+def test_the_search_for_shared_text_finds_it() -> None:
+    document = (sample_documents_folder() / "en" / "12-ssa.md").read_text("utf-8")
+    question = json.loads(sample_questions_file().read_text("utf-8").splitlines()[0])["question"]
+    assert shared([document.upper()])
+    known = course_runs()
+    assert set(runs(question)) <= known
+    assert set(runs(question))
+
+
+def test_prompts_are_those_of_the_platform() -> None:
+    for chinese in (False, True):
+        shown = [
+            make_passage("g", "Title", "A heading", ["First sentence here. Second one."]),
+            make_passage("g", "标题", "标题", ["第一句话。第二句话。"]),
+            make_passage("g", 'T"<x>', "H › H", ["Body."], "int main(void)"),
+        ]
+        terms = [("寄存器", "register"), ("栈", "stack")] if chinese else []
+        for passages in (shown, []):
+            built = build_prompt(
+                course="C",
+                question="Why?",
+                passages=[
+                    PromptPassage(
+                        (f"## {p.heading}\n\n" if p.heading != p.title else "")
+                        + p.body
+                        + (f"\n\n```\n{p.code}\n```" if p.code else ""),
+                        p.title,
+                        (p.title, p.heading),
+                    )
+                    for p in passages
+                ],
+                history=[],
+                count_tokens=lambda messages: 1,
+                context_tokens=4096,
+                answer_reserve=100,
+                language="zh" if chinese else "en",
+                terms=terms,
+            )
+            turns = [
+                prompts.system("C", chinese),
+                prompts.question_turn("Why?", passages, chinese, terms),
+            ]
+            assert [(m["role"], m["content"]) for m in built.messages] == turns
+
+
+def test_examples_are_the_same_for_the_same_seed(maker: Maker) -> None:
+    def texts(seed: int) -> list[str]:
+        rng = Random(seed)
+        return [e.read + e.answer for e in (maker.example(rng) for _ in range(40))]
+
+    assert texts(1) == texts(1)
+    assert texts(1) != texts(2)
+
+
+def test_answers_are_copied_from_the_passage_they_cite(maker: Maker) -> None:
+    cited = refused = 0
+    rng = Random(5)
+    for _ in range(300):
+        example = maker.example(rng)
+        answer = example.answer.removesuffix("<|im_end|>\n")
+        for lead in ("According to [", "根据资料 ["):
+            if answer.startswith(lead):
+                number, text = answer.removeprefix(lead).split("]", 1)
+                parts = example.read.rsplit("<|im_start|>user\n", 1)[1].split('<passage n="[')
+                passage = next(p for p in parts if p.startswith(f"{number}]"))
+                assert text[1:].strip().strip("`").strip() in passage
+                cited += 1
+        refused += answer in (prompts.REFUSAL_EN, prompts.REFUSAL_ZH)
+    assert cited > 120
+    assert refused > 20
+
+
+def test_tasks_have_their_answer_in_the_prompt_and_held_out_ones_stay_apart() -> None:
+    for kind in KINDS:
+        tasks = held_out(kind, 30)
+        assert tasks == held_out(kind, 30)
+        assert all(task.answer in task.prompt for task in tasks)
+        trained = {make_task(kind, Random(n)).prompt for n in range(300)}
+        assert not trained & {task.prompt for task in tasks}
+        assert exact_match(tasks, [f" {task.answer}\n" for task in tasks]) == 1.0
+        assert exact_match(tasks, ["?"] * 30) == 0.0
+
+
+def test_shards_are_the_same_however_many_make_them(tokenizer: Path, tmp_path: Path) -> None:
+    made = {}
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        files = list(
+            generate(
+                tokenizer, folder, corpus=None, seed=3, first=1, shards=2, workers=workers,
+                rows=4, context=2048,
+            )
+        )  # fmt: skip
+        assert [f.name for f in files] == ["00001.npy", "00002.npy"]
+        made[workers] = [np.load(f) for f in files]
+    assert all((a == b).all() for a, b in zip(made[1], made[2], strict=True))
+    assert (made[1][0] != made[1][1]).any()
+
+
+def test_rows_hold_whole_documents(maker: Maker, tokenizer: Path) -> None:
+    encoder = backend(tokenizer)
+    shard = make_shard(maker, encoder, 1, 0, rows=6, context=4096)
+    filler = encoder.token_to_id(prompts.END_OF_TEXT)
+    tokens, positions, documents, targets, weights = unpack(
+        torch.from_numpy(shard.astype(np.int64)), filler, 0.1
+    )
+    assert ((shard & TOKEN_BITS) != filler).mean() > 0.7
+    whole = 0
+    for row in range(6):
+        starts = np.flatnonzero(shard[row] & FIRST)
+        for start, end in zip(starts, [*starts[1:], 4096], strict=True):
+            ids = shard[row, start:end]
+            text = encoder.decode((ids & TOKEN_BITS).tolist(), skip_special_tokens=False)
+            answer = encoder.decode(
+                (ids[(ids & ANSWER) != 0] & TOKEN_BITS).tolist(), skip_special_tokens=False
+            )
+            if answer:
+                assert text.endswith(answer)
+                assert text.removesuffix(answer).endswith("<|im_start|>assistant\n")
+                assert answer.endswith("<|im_end|>\n")
+                whole += 1
+            last = min(end, 4095)
+            assert positions[row, start:last].tolist() == list(range(last - start))
+            assert len(set(documents[row, start:last].tolist())) <= 1
+            if start:
+                assert weights[row, start - 1] == 0.0
+    assert whole > 10
+    assert (targets[:, :-1] == tokens[:, 1:]).all()
+    assert weights.unique().tolist() == pytest.approx([0.0, 0.1, 1.0])
+
+
+def test_tokenizer_round_trip_and_chat_template(tokenizer: Path) -> None:
+    found = Tokenizer.from_folder(tokenizer)
+    assert found is not None
+    texts = [
+        "寄存器分配：用图着色。 12345 < 0x7f",
+        "def f(x_1):\n\treturn x_1 ** 2  # ok\n\n\n",
+        "naïve café 🙂 𝛼 ⟦·⟧ “quoted” — dash…",
+        "  two  spaces \r\n and\ta tab ",
+    ]
+    for text in texts:
+        assert found.decode(found.encode(text)) == text
+    turns = [("system", "S"), ("user", "问题： 为什么？"), ("assistant", "A [1]"), ("user", "B")]
+    ids = found.apply_chat_template([{"role": role, "content": text} for role, text in turns])
+    assert ids == backend(tokenizer).encode(prompts.chat(turns)).ids
+
+
+def test_flex_and_dense_attention_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.tensor([[0] * 50 + [1] * 78, [0] * 100 + [1] * 28])
+    query = torch.randn(2, 4, 128, 16, generator=generator)
+    key, value = (torch.randn(2, 2, 128, 16, generator=generator) for _ in range(2))
+    dense = attend(query, key, value, dense_mask(documents))
+    flex = attend(query, key, value, block_mask(documents))
+    torch.testing.assert_close(dense, flex, atol=1e-5, rtol=1e-4)
+
+
+def test_orthogonal_updates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 16, 24), (2, 40, 12)):
+        made = orthogonal(torch.randn(shape, generator=generator)).float()
+        values = torch.linalg.svdvals(made)
+        assert values.min() > 0.5
+        assert values.max() < 1.5
+
+
+def test_rate_rises_stays_and_falls() -> None:
+    shares = [n / 100 for n in range(101)]
+    scales = [rate_scale(share) for share in shares]
+    assert scales[10] == scales[50] == 1.0
+    assert scales[0] < 0.1
+    assert scales[-1] == pytest.approx(0.03)
+    assert all(a >= b for a, b in pairwise(scales[10:]))
+
+
+@pytest.fixture(scope="module")
+def shards(maker: Maker, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(4):
+        np.save(
+            folder / f"{number:05d}.npy",
+            make_shard(maker, backend(tokenizer), 7, number, rows=4, context=768),
+        )
+    return folder
+
+
+def leg(run: Path, tokenizer: Path, shards: Path, *more: str) -> None:
+    """Train up to where the given shards end, or `--steps` do."""
+    Trainer(
+        arguments(
+            [
+                f"--run={run}", f"--tokenizer={tokenizer}", f"--shards={shards}", "--rows=4",
+                "--device=cpu", "--attention=dense", "--no-compile", "--no-bf16", "--resume",
+                f"--shape={json.dumps(TOY)}", *more,
+            ]
+        )
+    ).run()  # fmt: skip
+
+
+def test_a_resumed_training_ends_in_the_same_state(
+    tokenizer: Path, shards: Path, tmp_path: Path
+) -> None:
+    leg(tmp_path / "whole", tokenizer, shards, "--steps=4")
+    half = tmp_path / "half-of-shards"
+    half.mkdir()
+    for number in range(2):
+        (half / f"{number:05d}.npy").symlink_to(shards / f"{number:05d}.npy")
+    leg(tmp_path / "legs", tokenizer, half, "--steps=4")
+    first = load_file(tmp_path / "legs" / "state.safetensors")
+    leg(tmp_path / "legs", tokenizer, shards, "--steps=4")
+    whole = load_file(tmp_path / "whole" / "state.safetensors")
+    legs = load_file(tmp_path / "legs" / "state.safetensors")
+    assert whole.keys() == legs.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(legs[name], tensor, msg=name)
+    assert any((first[name] != tensor).any() for name, tensor in legs.items())
+    progress = json.loads((tmp_path / "legs" / "model" / "training.json").read_text())
+    assert progress["step"] == 4
+    assert progress["shard"] == 4
+
+
+def test_training_lowers_the_loss(tokenizer: Path, shards: Path, tmp_path: Path) -> None:
+    args = arguments(
+        [
+            f"--run={tmp_path}", f"--tokenizer={tokenizer}", "--device=cpu", "--attention=dense",
+            "--no-compile", "--no-bf16", "--steps=100", f"--shape={json.dumps(TOY)}",
+        ]
+    )  # fmt: skip
+    trainer = Trainer(args)
+    batch = torch.from_numpy(np.load(shards / "00000.npy").astype(np.int64))[:2]
+    losses = [trainer.step(batch)[0].item() for _ in range(12)]
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_an_exported_model_answers_alike_here_and_in_transformers(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(3)
+    model = Decoder(Shape(**TOY))
+    with torch.no_grad():  # far from flat, so that greedy choices are clear
+        for parameter in model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(2.0)
+        model.embed_tokens.weight.mul_(8.0)
+    folder = export(model, tokenizer, tmp_path / "model", {"step": 1})
+    assert max(f.stat().st_size for f in folder.glob("*.safetensors")) <= 15_100_000
+    weights, progress = load(folder)
+    assert progress == {"step": 1}
+    assert shape_of(folder) == model.shape
+    again = Decoder(model.shape)
+    again.load_state_dict(weights)
+
+    text = prompts.chat([("user", "什么是栈？ What is a stack?")])
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs(text, return_tensors="pt", add_special_tokens=False).input_ids
+    assert ids[0].tolist() == backend(tokenizer).encode(text).ids
+    with torch.no_grad():
+        positions = torch.arange(ids.shape[1])[None]
+        own = again(ids, positions, dense_mask(torch.zeros_like(ids)))
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(own, hf(ids).logits, atol=2e-3, rtol=1e-3)
+        length = ids.shape[1]
+        made = hf.generate(ids, max_new_tokens=12, do_sample=False)[0, length:].tolist()
+    with LLM(folder, dtype="float32", max_model_len=512, threads=1) as llm:
+        out = llm.generate([text], SamplingParams(temperature=0.0, max_tokens=12))[0]
+    assert out.prompt_token_ids == ids[0].tolist()
+    assert out.outputs[0].token_ids[: len(made)] == made[: len(out.outputs[0].token_ids)]
+
+
+def test_large_weights_are_cut_into_small_files(tokenizer: Path, tmp_path: Path) -> None:
+    model = Decoder(Shape(**{**TOY, "vocabulary": 12_032, "hidden": 640, "layers": 3}))
+    folder = export(model, tokenizer, tmp_path)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {f.name for f in files}
+
+
+def test_probe_reads_citations_and_refusals(tokenizer: Path, tmp_path: Path) -> None:
+    passages = [make_passage("g", "T", "T", [f"Fact {n} here."]) for n in range(3)]
+    rows = []
+    for right, question in (([2], "Why?"), ([1], "为什么？"), ([], "What else?")):
+        chinese = question == "为什么？"
+        turns = [prompts.question_turn(question, passages, chinese)]
+        rows.append({"prompt": prompts.chat(turns), "right": right, "set": "x"})
+    file = tmp_path / "probe.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    probe = Probe.read(file, tokenizer)
+    figures = probe.measure(Decoder(Shape(**TOY)), torch.device("cpu"))
+    assert set(figures) == {"cite x", "false refusal x", "refusal x"}
+    assert all(0.0 <= figure <= 1.0 for figure in figures.values())
+
+
+def test_the_stream_is_endless(maker: Maker, tokenizer: Path) -> None:
+    from serving.demo_model.training.data import documents
+
+    found = list(islice(documents(maker, backend(tokenizer), Random(1), 4096), 130))
+    assert len(found) == 130
+    assert all((ids[0] & FIRST) and not (ids[1:] & FIRST).any() for ids in found)
