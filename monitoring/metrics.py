@@ -107,6 +107,17 @@ class EngineMetrics:
             "microbatch_tokens_total", "Tokens that micro-batches held, by kind.", ("kind",)
         )
         self._microbatches = counter("microbatches_total", "Micro-batches planned.")
+        self._microbatch_size = histogram(
+            "microbatch_size_tokens",
+            "Tokens in one micro-batch, by kind; those without any of a kind count as 0.",
+            TOKEN_BUCKETS,
+            ("kind",),
+        )
+        self._prediction_error = gauge(
+            "step_prediction_error_ratio",
+            "Mean relative error of late predictions of a stage's step time.",
+            ("stage",),
+        )
         # Series that exist from the start read 0 instead of being absent.
         for single in (self._up, self._running, self._waiting):
             single.labels(**self._model).set(0)
@@ -157,6 +168,14 @@ class EngineMetrics:
         self._request.labels(**self._model).observe(request_seconds)
         if tpot_seconds is not None:
             self._tpot.labels(**self._model).observe(tpot_seconds)
+
+    def observe_microbatch(self, decode: int, prefill: int) -> None:
+        """A micro-batch was planned with so many tokens of each kind."""
+        for kind, tokens in (("decode", decode), ("prefill", prefill)):
+            self._microbatch_size.labels(**self._model, kind=kind).observe(tokens)
+
+    def set_prediction_error(self, stage: int, ratio: float) -> None:
+        self._prediction_error.labels(**self._model, stage=str(stage)).set(ratio)
 
     def set_driver_totals(
         self,

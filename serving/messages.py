@@ -104,6 +104,7 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     """A picture of the engine; counters count since its start.
 
     `microbatches` lists [decode tokens, prefill tokens] of each micro-batch since the last picture.
+    `prediction_errors` is the mean relative error of late predictions of each stage's step time.
     """
 
     running: int = 0
@@ -119,6 +120,7 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     in_flight: int = 0
     microbatches: list[tuple[int, int]] = []
     stages: list[StageSeconds] = []
+    prediction_errors: list[float | None] = []
 
 
 ToClient = Progress | Ready | Failed | StepOutputs | EngineStats
@@ -153,11 +155,17 @@ class StageProgress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class StageLoaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """Weights are in place; `max_pages` KV pages fit into this rank's memory budget."""
+    """Weights are in place; `max_pages` KV pages fit into this rank's memory budget.
+
+    `device` is the name of what the stage runs on, `dtype` of the numbers it computes with: step
+    times learnt in one run are used in another where both are equal.
+    """
 
     stage: int
     max_pages: int
     rank: int = 0
+    device: str = ""
+    dtype: str = ""
 
 
 class StageStarted(msgspec.Struct, frozen=True, tag="started"):
@@ -166,8 +174,13 @@ class StageStarted(msgspec.Struct, frozen=True, tag="started"):
 
 
 class StageStats(msgspec.Struct, frozen=True, tag="stats"):
+    """`steps` are [number, busy seconds] of each micro-batch that ended since the last message:
+    without what was spent waiting for input or link.
+    """
+
     stage: int
     seconds: StageSeconds
+    steps: list[tuple[int, float]] = []
 
 
 class StageFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -185,6 +185,10 @@ class ModelService:
             self._microbatches += 1
             self._microbatch_tokens["decode"] += decode
             self._microbatch_tokens["prefill"] += prefill
+            self.metrics.observe_microbatch(decode, prefill)
+        for number, error in enumerate(stats.prediction_errors):
+            if error is not None:
+                self.metrics.set_prediction_error(number, error)
         self.metrics.set_driver_totals(
             running=stats.running,
             waiting=stats.waiting,

@@ -50,6 +50,9 @@ class StageGroup:
         self.results = context.socket(zmq.PULL)
         self.results.set_hwm(_QUEUE)
         self.results.bind(socket_address(spec.directory, "results"))
+        #: Name of what each stage runs on, and of its numbers; known once all have loaded.
+        self.devices = [""] * spec.layout.num_stages
+        self.dtype = ""
         self._plans = []
         self.children: list[Child] = []
         self._stages, self._ranks = spec.layout.num_stages, spec.config.tensor_parallel_size
@@ -91,6 +94,8 @@ class StageGroup:
             for message in self._wait():
                 if isinstance(message, StageLoaded):
                     pages[message.stage, message.rank] = message.max_pages
+                    self.devices[message.stage] = message.device
+                    self.dtype = message.dtype
                 elif isinstance(message, StageProgress):
                     on_progress(message.text)
         return min(pages.values())

@@ -14,6 +14,7 @@ from serving.driver.completion import Completion
 from serving.driver.group import StageGroup
 from serving.driver.limits import resolve_limits
 from serving.driver.scheduler import Counters, Scheduler
+from serving.driver.timings import StepTimings
 from serving.errors import EngineDeadError
 from serving.messages import (
     Abort,
@@ -56,6 +57,8 @@ class Driver:
         self._stopping = False
         self._stages = [StageSeconds() for _ in range(spec.layout.num_stages)]
         self._batches: list[tuple[int, int]] = []
+        self._timings = StepTimings(spec.layout)
+        self._measured: tuple[str, list[str], str] | None = None
         self._told_at = 0.0
         self._untold = True
         self._was_busy = True
@@ -73,6 +76,8 @@ class Driver:
         self._client.send(self._encoder.encode(message))
 
     def close(self, *, orderly: bool) -> None:
+        if self._measured is not None:
+            self._timings.save(*self._measured)
         self._group.close(orderly=orderly)
         self._arrivals.close(linger=0)
         self._client.close(linger=1000)
@@ -108,6 +113,7 @@ class Driver:
         batch, plan = choice
         batch.sent_at = now
         self._group.send_plan(plan)
+        self._timings.sent(batch, scheduler.slots)
         self._untold = True
         if len(self._batches) < _MAX_REPORTED_BATCHES:
             self._batches.append((len(batch.decode_slots), int(batch.prefill_lens.sum())))
@@ -125,6 +131,7 @@ class Driver:
                 self._untold = True
             elif isinstance(message, StageStats):
                 self._stages[message.stage] = message.seconds
+                self._timings.took(message.stage, message.steps)
                 self._untold = True
             elif isinstance(message, StageFailed):
                 raise self._group.failure(message)
@@ -180,6 +187,7 @@ class Driver:
                 in_flight=len(scheduler.in_flight),
                 microbatches=self._batches,
                 stages=self._stages,
+                prediction_errors=self._timings.errors,
             )
         )
         self._batches = []
@@ -196,6 +204,8 @@ class Driver:
                 f"context of {limits.max_model_len} tokens ({limits.reason})"
             )
         )
+        self._measured = (spec.config.name, self._group.devices, self._group.dtype)
+        self._timings.load(*self._measured)
         self._group.wait_started(limits.num_pages, limits.max_model_len)
         self._scheduler = Scheduler(spec.config, limits.num_pages, limits.max_model_len)
         self._completion = Completion(self._scheduler, spec.eos_token_ids)

@@ -91,11 +91,13 @@ class StageWorker:
             self._transport = self._make_transport(spec)
         self._sampler: Sampler | None = None
         self._clock = StageClock()
+        #: Busy seconds of late micro-batches. Ranks that do not report drop the oldest.
+        self._steps: deque[tuple[int, float]] = deque(maxlen=4096)
         self._expected: deque[tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]] = deque()
 
     def run(self) -> None:
         """Until the driver says it is over."""
-        self._links.send(StageLoaded(self._stage, self._max_pages(), self._rank))
+        self._links.send(self._loaded())
         allocation = self._links.next(None)
         if not isinstance(allocation, AllocateKv):
             return
@@ -113,7 +115,10 @@ class StageWorker:
             with self._clock.waiting("idle"):
                 message = self._links.next(_STATS_SECONDS if unreported else None)
             if isinstance(message, StepPlan):
+                before = self._clock.seconds().busy
                 self._step(message)
+                if self._gpu is None:
+                    self._steps.append((message.number, self._clock.seconds().busy - before))
                 unreported = self._rank == 0
             elif message is not None:
                 if isinstance(message, Shutdown):
@@ -122,7 +127,8 @@ class StageWorker:
             now = time.monotonic()
             if unreported and now - reported >= _STATS_SECONDS:
                 seconds = self._clock.seconds() if self._gpu is None else self._gpu.seconds()
-                self._links.send(StageStats(self._stage, seconds))
+                self._links.send(StageStats(self._stage, seconds, list(self._steps)))
+                self._steps.clear()
                 reported, unreported = now, message is not None
 
     def close(self) -> None:
@@ -214,6 +220,16 @@ class StageWorker:
             )
 
     # ---- start
+
+    def _loaded(self) -> StageLoaded:
+        """What is said once the weights are there."""
+        name = "cpu"
+        if self._device.type == "cuda":
+            name = torch.cuda.get_device_name(self._device)
+        if self._ranks > 1:
+            name += f" x {self._ranks}"
+        dtype = str(self._dtype).removeprefix("torch.")
+        return StageLoaded(self._stage, self._max_pages(), self._rank, name, dtype)
 
     def _report_loading(self, progress: LoadProgress) -> None:
         self._links.send(

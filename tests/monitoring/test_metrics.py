@@ -59,6 +59,19 @@ def test_request_events() -> None:
     assert sample(text, "lectern_engine_time_to_first_token_seconds_bucket", le="0.1") == 0
 
 
+def test_sizes_of_micro_batches_and_errors_of_predictions() -> None:
+    engine = EngineMetrics(CollectorRegistry(), "m")
+    engine.observe_microbatch(8, 0)
+    engine.observe_microbatch(8, 500)
+    engine.set_prediction_error(1, 0.04)
+    text = engine.render()[0].decode()
+    name = "lectern_engine_microbatch_size_tokens"
+    assert sample(text, f"{name}_sum", kind="prefill") == 500
+    assert sample(text, f"{name}_bucket", kind="prefill", le="1.0") == 1
+    assert sample(text, f"{name}_count", kind="decode") == 2
+    assert sample(text, "lectern_engine_step_prediction_error_ratio", stage="1") == 0.04
+
+
 def test_driver_totals_grow_and_survive_a_restart_of_the_driver() -> None:
     engine = EngineMetrics(CollectorRegistry(), "m")
     driver_totals(engine, preemptions=2, busy=1.5)

@@ -55,6 +55,7 @@ class FakeEngine:
             pages_free=10,
             preemptions=3,
             microbatches=[(2, 5)],
+            prediction_errors=[0.25, None],
             stages=[StageSeconds(busy=1.5, idle=2.0)],
         )
 

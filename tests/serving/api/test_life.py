@@ -217,6 +217,8 @@ def test_metrics(server: Server) -> None:
         f"lectern_engine_microbatches_total{{{label}}}": 2,
         f'lectern_engine_microbatch_tokens_total{{kind="prefill",{label}}}': 10,
         f'lectern_engine_stage_seconds_total{{{label},stage="0",state="busy"}}': 1.5,
+        f'lectern_engine_microbatch_size_tokens_count{{kind="decode",{label}}}': 2,
+        f'lectern_engine_step_prediction_error_ratio{{{label},stage="0"}}': 0.25,
     }
     assert {name: values.get(name) for name in expected} == expected
     assert values[f"lectern_engine_generation_tokens_total{{{label}}}"] >= 5

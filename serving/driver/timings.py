@@ -1,0 +1,145 @@
+"""Matches the stages' step times with what their micro-batches held, and teaches the predictors.
+
+Coefficients are kept between runs in `$LECTERN_HOME/cache/step-times` (or
+`~/.cache/lectern/step-times`), a file for each model, device and number type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from serving.core import Layout, MicroBatch
+from serving.driver.predictor import NUM_HEAD, NUM_LAYER, StagePredictor, StepFeatures
+from serving.driver.slots import SlotTable
+
+_MOST_PENDING = 4096
+_WORTH_KEEPING = 1000  # steps
+
+
+class _Kept(msgspec.Struct, kw_only=True, frozen=True):
+    """Seconds by feature. `model`, `device` and `dtype` are what they were measured with."""
+
+    version: int
+    model: str
+    device: str
+    dtype: str
+    layer: list[float]
+    head: list[float]
+
+
+_VERSION = 1
+
+
+class StepTimings:
+    """One predictor a stage, fed by what the driver sends and hears."""
+
+    def __init__(self, layout: Layout) -> None:
+        last = layout.num_stages - 1
+        self.predictors = [
+            StagePredictor(len(layout.layers(stage)), has_head=stage == last)
+            for stage in range(last + 1)
+        ]
+        self._pending: dict[int, tuple[StepFeatures, int]] = {}
+
+    @property
+    def errors(self) -> list[float | None]:
+        """Mean relative error of each stage's predictions, None where there was none yet."""
+        return [predictor.error for predictor in self.predictors]
+
+    def sent(self, batch: MicroBatch, slots: SlotTable) -> None:
+        """A micro-batch was chosen just now."""
+        if len(self._pending) >= _MOST_PENDING:  # no stage reports times
+            self._pending.pop(next(iter(self._pending)))
+        self._pending[batch.number] = (StepFeatures.of(batch, slots), len(self.predictors))
+
+    def took(self, stage: int, steps: list[tuple[int, float]]) -> None:
+        """A stage worked so many seconds on each of these micro-batches."""
+        for number, seconds in steps:
+            found = self._pending.pop(number, None)
+            if found is None:
+                continue
+            features, stages = found
+            if stages > 1:
+                self._pending[number] = (features, stages - 1)
+            self.predictors[stage].observe(features, seconds)
+
+    # ---- between runs
+
+    def load(self, model: str, devices: list[str], dtype: str) -> bool:
+        """Start from what was learnt in earlier runs; whether there was anything, for any stage."""
+        any_found = False
+        for predictor, device in zip(self.predictors, devices, strict=True):
+            kept = _read(_path(model, device, dtype))
+            if kept is not None:
+                predictor.start_from(np.array([*kept.layer, *kept.head]))
+                any_found = True
+        return any_found
+
+    def save(self, model: str, devices: list[str], dtype: str) -> None:
+        """Keep what was learnt. A device of several stages is written by the one that saw most;
+        the head's part comes from the last stage. A disk that cannot be written costs only this.
+        """
+        for device in dict.fromkeys(devices):
+            stages = [
+                predictor
+                for predictor, its in zip(self.predictors, devices, strict=True)
+                if its == device and predictor.seen >= _WORTH_KEEPING
+            ]
+            if not stages:
+                continue
+            best = max(stages, key=lambda predictor: (not predictor.has_head, predictor.seen))
+            kept = _Kept(
+                version=_VERSION,
+                model=model,
+                device=device,
+                dtype=dtype,
+                layer=best.coefficients[:NUM_LAYER].tolist(),
+                head=stages[-1].coefficients[NUM_LAYER:].tolist(),
+            )
+            _write(_path(model, device, dtype), kept)
+
+
+def _path(model: str, device: str, dtype: str) -> Path:
+    key = hashlib.blake2b(repr((model, device, dtype)).encode(), digest_size=6).hexdigest()
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{model}-{device}-{dtype}")[:80]
+    return cache_folder() / f"{readable}-{key}.json"
+
+
+def cache_folder() -> Path:
+    """Where coefficients are kept."""
+    home = os.environ.get("LECTERN_HOME")
+    if home:
+        return Path(home).expanduser() / "cache" / "step-times"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lectern" / "step-times"
+
+
+def _read(path: Path) -> _Kept | None:
+    """What a file holds; None if there is none, or one of another version."""
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
+    except (OSError, msgspec.DecodeError):
+        return None
+    numbers = np.array([*kept.layer, *kept.head])
+    fits = len(kept.layer) == NUM_LAYER and len(kept.head) == NUM_HEAD
+    if kept.version != _VERSION or not fits or not np.isfinite(numbers).all() or numbers.min() < 0:
+        return None
+    return kept
+
+
+def _write(path: Path, kept: _Kept) -> None:
+    """Replace the file in one step, so that a reader never sees half of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(msgspec.json.encode(kept))
+        os.replace(file.name, path)
+    except OSError:
+        return  # it is learnt again next time
