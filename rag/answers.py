@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 from rag.citations import find
 from rag.documents import Document
@@ -20,7 +20,7 @@ from rag.embedding import Embedder, Progress
 from rag.evaluation import EvaluationError, Question, contains, squeezed
 from rag.glossary import Glossary
 from rag.index import CourseIndex, build
-from rag.passages import PassageDraft, pack
+from rag.passages import PassageDraft, estimate_tokens, pack
 from rag.prompt import CountTokens, Language, Message, PromptPassage, build_prompt
 from rag.tokens import has_cjk
 
@@ -64,6 +64,17 @@ class Case:
     right: tuple[int, ...]
     shown: int
 
+    def row(self) -> dict[str, Any]:
+        """Return what a file of prompts says of it."""
+        return {
+            "set": self.asked.set,
+            "question": self.asked.text,
+            "key_phrase": self.asked.key_phrase,
+            "answerable": bool(self.asked.answers),
+            "right": list(self.right),
+            "messages": self.messages,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -71,6 +82,10 @@ class Result:
 
     case: Case
     answer: str
+
+    def row(self) -> dict[str, Any]:
+        """Return what a file of transcripts says of it."""
+        return {**self.case.row(), "cited": self.cited, "answer": self.answer}
 
     @property
     def cited(self) -> list[int]:
@@ -228,6 +243,11 @@ def measure(
         if on_answer is not None:
             on_answer(number, len(cases))
     return report
+
+
+def estimate_messages(messages: list[Message]) -> int:
+    """Return about the length of a chat in tokens, where no tokenizer is at hand."""
+    return sum(estimate_tokens(m["content"]) + 8 for m in messages)
 
 
 def _share(found: Sequence[bool]) -> float:

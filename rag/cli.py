@@ -8,8 +8,9 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -134,12 +135,16 @@ def answers(
     transcripts: Annotated[
         Path | None, typer.Option(help="File for prompts, answers and marks, as JSON Lines.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File for the prompts and their right passages; nothing is asked."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON only: details, then the summary.")
     ] = False,
 ) -> None:
     """Ask the sample course's questions of an engine and print how good the answers are."""
-    from rag.answers import make_cases, measure, read_asked
+    from rag.answers import estimate_messages, make_cases, measure, read_asked
     from rag.embedding import EmbedderError, load_embedder
     from rag.engine_client import EngineError, running_engine
     from rag.evaluation import EvaluationError, read_documents, read_questions
@@ -154,7 +159,7 @@ def answers(
         searching = load_embedder(embedder)
         with (
             tempfile.TemporaryDirectory(prefix="lectern-eval-") as scratch,
-            running_engine(model, engine) as client,
+            running_engine(model, engine) if prompts is None else nullcontext() as client,
         ):
             cases = make_cases(
                 asked,
@@ -162,31 +167,22 @@ def answers(
                 searching,
                 Path(scratch),
                 course={"zh": names["zh"], "en": names["en"]},
-                count=client.count,
-                context_tokens=client.context_tokens,
+                count=client.count if client else estimate_messages,
+                context_tokens=client.context_tokens if client else 4096,
                 passages=passages,
                 seed=None if seed < 0 else seed,
                 on_embed=progress("Embedding passages", "passages"),
             )
+            if client is None:
+                _write_lines(prompts, [case.row() for case in cases])
+                return
             report = measure(cases, client, progress("Asking questions", "questions"))
             name = client.model
     except (EvaluationError, EmbedderError, EngineError) as error:
         _refuse(str(error))
     if transcripts is not None:
-        rows = [
-            {
-                "set": r.case.asked.set,
-                "question": r.case.asked.text,
-                "key_phrase": r.case.asked.key_phrase,
-                "right": r.case.right,
-                "cited": r.cited,
-                "answer": r.answer,
-                "messages": r.case.messages,
-            }
-            for r in (*report.answered, *report.unanswerable)
-        ]
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        transcripts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        results = (*report.answered, *report.unanswerable)
+        _write_lines(transcripts, [result.row() for result in results])
     details = report.by_set()
     if as_json:
         head = {"model": name, "passages": passages, "seed": seed, "details": details}
@@ -197,6 +193,12 @@ def answers(
             figures = ", ".join(f"{label} {figure}" for label, figure in row.items())
             typer.echo(f"{key}: {figures}")
     typer.echo(json.dumps(report.summary()))
+
+
+def _write_lines(file: Path | None, rows: list[dict[str, Any]]) -> None:
+    if file is not None:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _order(leg: str) -> int:

@@ -2,6 +2,8 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import anyio
@@ -11,6 +13,7 @@ from backend.conversations import service
 from backend.courses.models import Course
 from backend.errors import ApiError
 from backend.upstream import ModelInfo
+from rag.glossary import Glossary
 from rag.prompt import Message as PromptMessage
 from rag.prompt import Prompt, PromptPassage, PromptTooLong, build_prompt
 
@@ -65,6 +68,7 @@ async def prepare(
             context_tokens=context_tokens,
             answer_reserve=reserve,
             language="zh" if _CHINESE.search(question) else "en",
+            terms=_terms(context.settings.glossary, question, [p.text for p in found]),
         )
 
     try:
@@ -82,3 +86,13 @@ async def prepare(
         prompt_tokens=prompt.tokens,
         answer_tokens=max(1, min(context.settings.answer_tokens, prompt.answer_tokens)),
     )
+
+
+@lru_cache(maxsize=1)
+def _glossary(extra: Path | None) -> Glossary:
+    return Glossary.load(extra)
+
+
+def _terms(extra: Path | None, question: str, passages: list[str]) -> list[tuple[str, str]]:
+    """Return English names of the Chinese terms of a question that meets English passages."""
+    return _glossary(extra).names(question, passages) if _CHINESE.search(question) else []

@@ -97,7 +97,7 @@ class Glossary:
         Nothing where every passage is Chinese: then the question's own words are there to be found.
         """
         if all(cjk_share(text) > _CHINESE_PASSAGE for text in passages):
-            return []
+            return []  # true of no passages at all, too
         found: dict[str, str] = {}
         for term in self.find(question):
             if term.end - term.start > 1:

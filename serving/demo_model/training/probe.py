@@ -1,7 +1,8 @@
 """Which passage a model in training would cite, for prompts whose right passages are known.
 
-A probe file has one JSON object a line: `prompt` (a whole chat up to the assistant's turn),
-`right` (numbers of the passages that may be cited; empty if it should refuse), and `set`.
+A probe file has one JSON object a line: `messages` (a chat up to the assistant's turn), `right`
+(numbers of the passages that may be cited), `answerable` (false if it should refuse), and `set`.
+`lectern eval answers --prompts FILE` writes one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 
 from serving.demo_model.training.lexicon import HAN
 from serving.demo_model.training.model import Decoder, dense_mask
-from serving.demo_model.training.prompts import REFUSAL_EN, REFUSAL_ZH, answer_text
+from serving.demo_model.training.prompts import REFUSAL_EN, REFUSAL_ZH, answer_text, chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class _Row:
     answer: int
     refusal: int
     right: list[int]
+    answerable: bool
     kind: str
 
 
@@ -50,14 +52,15 @@ class Probe:
         lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
         Random(0).shuffle(lines)
         for line in lines[:most]:
-            question = line["prompt"].rsplit("<|im_end|>", 1)[0].rsplit("\n", 1)[-1]
-            chinese = bool(HAN.search(question))
+            turns = [(m["role"], m["content"]) for m in line["messages"]]
+            chinese = bool(HAN.search(turns[-1][1].rsplit("\n", 1)[-1]))
             lead = ids(answer_text(7, "x", chinese).split("7")[0])
-            prompt = ids(line["prompt"])
+            prompt = ids(chat(turns))
             refusal = ids(REFUSAL_ZH if chinese else REFUSAL_EN)
             place = next(i for i, (a, b) in enumerate(zip(lead, refusal, strict=False)) if a != b)
             rows.append(_Row(prompt + lead, len(prompt) - 1 + place, lead[place], refusal[place],
-                             list(line["right"]), line["set"]))  # fmt: skip
+                             list(line["right"]),
+                             bool(line["answerable"]), line["set"]))  # fmt: skip
         return cls(rows, [ids(str(n))[0] for n in range(10)])
 
     @torch.no_grad()
@@ -73,7 +76,7 @@ class Probe:
                 hidden = model.hidden(tokens, positions, mask)
                 logits = hidden[0, [row.start, -1]] @ model.embed_tokens.weight.T
             refuses = bool(logits[0, row.refusal] > logits[0, row.answer])
-            if row.right:
+            if row.answerable:
                 digit = int(logits[1, self._digits].argmax())
                 cited[f"cite {row.kind}"].append(float(digit in row.right))
                 refused[f"false refusal {row.kind}"].append(float(refuses))

@@ -366,7 +366,8 @@ def test_probe_reads_citations_and_refusals(tokenizer: Path, tmp_path: Path) -> 
     for right, question in (([2], "Why?"), ([1], "为什么？"), ([], "What else?")):
         chinese = question == "为什么？"
         turns = [prompts.question_turn(question, passages, chinese)]
-        rows.append({"prompt": prompts.chat(turns), "right": right, "set": "x"})
+        messages = [{"role": role, "content": text} for role, text in turns]
+        rows.append({"messages": messages, "right": right, "answerable": bool(right), "set": "x"})
     file = tmp_path / "probe.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     probe = Probe.read(file, tokenizer)
