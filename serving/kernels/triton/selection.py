@@ -150,7 +150,7 @@ def _reduce(
         )  # fmt: skip
         _bound[(rows,)](
             temperature, slots, *tables, maxima, sums, *state, vocab, blocks,
-            triton.next_power_of_2(blocks), parts, BLOCK, filters, num_warps=4,
+            triton.next_power_of_2(blocks), parts, 2 * BLOCK, filters, num_warps=8,
         )  # fmt: skip
         _gather[(rows, blocks)](
             logits, maxima, state.low, state.high, state.listed, values, ids, stride, vocab, blocks,
