@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.kernels.triton import attention_kernels
-from serving.kernels.triton.chain import early
 
 __all__ = [
     "DecodeShape",
@@ -61,6 +60,12 @@ def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
     if dtype is torch.float32:
         return DecodeShape(16 if head_dim > 128 else 32, 4, 2)
     return DecodeShape(32, 4 if head_dim > 128 else 2, 3)
+
+
+def merge_shape(rows: int) -> tuple[int, int]:
+    """Parts at a time and heads a program. Few sequences have many parts each; of many most have
+    one, and then the programs that find nothing to do are what costs."""
+    return (16, 1) if rows <= 16 else (4, 8)
 
 
 def share_room(sequences: int, kv_heads: int, processors: int) -> int:
@@ -165,12 +170,13 @@ def paged_decode(
         q.stride(0), q.stride(1), *kv.stride()[:4], page_tables.stride(0),
         out.stride(0), out.stride(1),
         heads, group, max(16, _power(group)), dim, max(16, _power(dim)), kv.shape[2], shape.block,
-        sliding_window is not None, table_rows is not None, _precision(q), bool(early()),
-        num_warps=shape.warps, num_stages=shape.stages, **early(),
+        sliding_window is not None, table_rows is not None, _precision(q),
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    _kernels.merge_kernel[(rows, heads)](
+    at_once, together = merge_shape(rows)
+    _kernels.merge_kernel[(rows, -(-heads // together))](
         parts, weights, part_starts, out, out.stride(0), out.stride(1),
-        heads, dim, max(16, _power(dim)), 16, bool(early()), num_warps=2, **early(),
+        heads, dim, max(16, _power(dim)), at_once, together, num_warps=2 if together == 1 else 4,
     )  # fmt: skip
 
 

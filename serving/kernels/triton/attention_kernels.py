@@ -9,8 +9,6 @@ Loads outside a sequence are masked: what such slots hold, be it NaN, reaches no
 import triton
 import triton.language as tl
 
-from serving.kernels.triton.chain import follow, let_follow
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -20,7 +18,7 @@ def decode_kernel(
     q_token, q_head, kv_page, kv_value, kv_slot, kv_head, table_stride, out_token, out_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of one sequence's keys for one key-value head and its newest token's queries.
 
@@ -28,8 +26,6 @@ def decode_kernel(
     part -1 the whole of a sequence. Other parts are written normalised, with the base-2 logarithm
     of their weight, for `merge_kernel`.
     """
-    let_follow(EARLY)
-    follow(EARLY)
     share = tl.program_id(0)
     head = tl.program_id(1)
     sequence = tl.load(shares + 4 * share)
@@ -91,38 +87,43 @@ def decode_kernel(
 @triton.jit
 def merge_kernel(
     parts, weights, part_starts, out, out_token, out_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
-    EARLY: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    PARTS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of one sequence and query head; a sequence of one part is done already."""
-    let_follow(EARLY)
-    follow(EARLY)
+    """Add up the parts of one sequence, PARTS at a time, for TOGETHER query heads.
+
+    A sequence of one part is done already.
+    """
     sequence = tl.program_id(0)
-    head = tl.program_id(1)
     first = tl.load(part_starts + sequence)
     last = tl.load(part_starts + sequence + 1)
     if last - first < 2:
         return
+    heads = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     d = tl.arange(0, DIM_PAD)
-    best = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    summed = tl.zeros([DIM_PAD], tl.float32)
-    for start in range(first, last, AT_ONCE):
-        i = start + tl.arange(0, AT_ONCE)
-        at = i * HEADS + head
-        weight = tl.load(weights + at, mask=i < last, other=float("-inf"))
-        held = (i[:, None] < last) & (d[None, :] < DIM)
-        values = tl.load(parts + at[:, None].to(tl.int64) * DIM + d[None, :], mask=held, other=0.0)
+    inside = (heads[:, None] < HEADS) & (d[None, :] < DIM)
+    best = tl.full([TOGETHER], float("-inf"), tl.float32)
+    total = tl.zeros([TOGETHER], tl.float32)
+    summed = tl.zeros([TOGETHER, DIM_PAD], tl.float32)
+    for start in range(first, last, PARTS):
+        i = start + tl.arange(0, PARTS)
+        at = i[:, None] * HEADS + heads[None, :]
+        held = (i[:, None] < last) & (heads[None, :] < HEADS)
+        weight = tl.load(weights + at, mask=held, other=float("-inf"))
+        values = tl.load(
+            parts + at[:, :, None].to(tl.int64) * DIM + d[None, None, :],
+            mask=held[:, :, None] & (d[None, None, :] < DIM), other=0.0,
+        )  # fmt: skip
         better = tl.maximum(best, tl.max(weight, 0))
         finite = tl.where(better == float("-inf"), 0.0, better)
         shrink = tl.exp2(best - finite)
-        weight = tl.exp2(weight - finite)
+        weight = tl.exp2(weight - finite[None, :])
         total = total * shrink + tl.sum(weight, 0)
-        summed = summed * shrink + tl.sum(values * weight[:, None], 0)
+        summed = summed * shrink[:, None] + tl.sum(values * weight[:, :, None], 0)
         best = better
     tl.store(
-        out + sequence.to(tl.int64) * out_token + head * out_head + d,
-        (summed / total).to(out.dtype.element_ty), mask=d < DIM,
+        out + sequence.to(tl.int64) * out_token + heads[:, None] * out_head + d[None, :],
+        (summed / total[:, None]).to(out.dtype.element_ty), mask=inside,
     )  # fmt: skip
 
 

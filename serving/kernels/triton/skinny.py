@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from serving.kernels.triton import skinny_kernels
-from serving.kernels.triton.chain import early
 
 __all__ = ["MOST_ROWS", "SkinnyShape", "skinny_linear", "skinny_shape"]
 
@@ -60,12 +59,11 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     parts, arrived = _scratch(x.device)
     part = shape.width * shape.split
-    ahead = 4 if shape.columns == 64 else 2
     _kernels.skinny_kernel[(-(-columns // shape.columns) * shape.split,)](
         x, weight, weight if bias is None else bias, out, parts, arrived, rows, columns, width,
         -(-width // part), x.stride(0), out.stride(0),
         shape.tile, shape.columns, shape.width, shape.split, width % part == 0, bias is not None,
-        ahead, bool(early()), num_warps=shape.warps, num_stages=shape.stages, **early(),
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return out
 

@@ -6,35 +6,21 @@
 import triton
 import triton.language as tl
 
-from serving.kernels.triton.chain import follow, let_follow
-
-
-@triton.jit
-def _prefetch(at, wanted):
-    """Bring the lines at these addresses into the second-level cache, and wait for nothing."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r", [at, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
 
 @triton.jit
 def skinny_kernel(
     x, w, bias, out, parts, arrived, rows, columns, width, steps,
     x_stride, out_stride,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum over k < width of x[m, k] w[n, k]; a program has BLOCK_N columns and `steps`
     blocks of k, one of SPLIT shares.
 
     The weight's rows are the long side of the matrix instruction, the few rows of x its short one.
     Programs of one block of columns add their parts in the order of k, whoever comes last, so
-    the sum is the same in every run. While the kernel before still runs, AHEAD blocks of the weight
-    are brought into the second-level cache.
+    the sum is the same in every run.
     """
-    let_follow(EARLY)
     block = tl.program_id(0) // SPLIT
     split = tl.program_id(0) % SPLIT
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -42,10 +28,6 @@ def skinny_kernel(
     start = split * steps * BLOCK_K
     w_rows = w + n.to(tl.int64)[:, None] * width
     x_rows = x + m[None, :] * x_stride
-    if EARLY:
-        lines = start + tl.arange(0, BLOCK_K * AHEAD // 64) * 64  # of 128 bytes
-        _prefetch(w_rows + lines[None, :], (n[:, None] < columns) & (lines[None, :] < width))
-        follow(EARLY)
     total = tl.zeros((BLOCK_N, TILE), dtype=tl.float32)
     for step in range(steps):
         k = start + step * BLOCK_K + tl.arange(0, BLOCK_K)

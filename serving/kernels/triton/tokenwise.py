@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serving.kernels.triton.chain import early, follow, let_follow
-
 __all__ = ["add_rms_norm", "rms_norm", "rotary_and_write_kv", "silu_and_mul"]
 
 _HEADS = 8  # heads that one program turns
@@ -24,10 +22,8 @@ _HEADS = 8  # heads that one program turns
 @triton.jit
 def _norm_kernel(
     x, residual, weight, out, sums, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ADD: tl.constexpr, EARLY: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    let_follow(EARLY)
-    follow(EARLY)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     at = tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -44,9 +40,7 @@ def _norm_kernel(
 
 
 @triton.jit
-def _silu_kernel(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    let_follow(EARLY)
-    follow(EARLY)
+def _silu_kernel(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -87,11 +81,9 @@ def _rotary_kernel(
     q_token, k_token, v_token, angle_row, kv_page, kv_value, kv_slot, kv_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr,
     PAGE: tl.constexpr, AT_ONCE: tl.constexpr, Q_BLOCKS: tl.constexpr,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, EARLY: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
 ):  # fmt: skip
     """One token; the first Q_BLOCKS programs turn query heads, the others write keys and values."""
-    let_follow(EARLY)
-    follow(EARLY)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     half: tl.constexpr = DIM // 2
@@ -154,10 +146,7 @@ def _launch_norm(
     if rows:
         block = triton.next_power_of_2(width)
         warps = 4 if block <= 2048 else 8
-        _norm[(rows,)](
-            x, residual, weight, out, total, eps, width, block, add, bool(early()),
-            num_warps=warps, **early(),
-        )  # fmt: skip
+        _norm[(rows,)](x, residual, weight, out, total, eps, width, block, add, num_warps=warps)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -167,9 +156,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     rows = x.numel() // (2 * width)
     if rows:
         block = min(2048, triton.next_power_of_2(width))
-        _silu[(rows, triton.cdiv(width, block))](
-            x, out, width, block, bool(early()), num_warps=4, **early()
-        )
+        _silu[(rows, triton.cdiv(width, block))](x, out, width, block, num_warps=4)
     return out
 
 
@@ -199,6 +186,6 @@ def rotary_and_write_kv(
         cos_sin, positions, slot_mapping, kv, out, eps,
         q.stride(0), k.stride(0), v.stride(0), cos_sin.stride(0), *kv.stride()[:4],
         heads, kv_heads, dim, triton.next_power_of_2(dim // 2), page_size, _HEADS, q_blocks,
-        q_norm is not None, k_norm is not None, bool(early()), num_warps=2, **early(),
+        q_norm is not None, k_norm is not None, num_warps=2,
     )  # fmt: skip
     return out
