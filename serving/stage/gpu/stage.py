@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from serving.attention import StepInputs
+from serving.attention.flashinfer_paged import FlashInferPlan
 from serving.attention.triton_paged import TritonPlan
 from serving.config.engine import EngineConfig
 from serving.config.model import ModelConfig
@@ -25,6 +26,7 @@ from serving.sampling.device import DeviceSampler
 from serving.stage.gpu.flow import Flow
 from serving.stage.gpu.graphs import BUCKETS, StepGraphs, bucket_of
 from serving.stage.gpu.memory import MemoryPlan, device_tensor, memory_plan
+from serving.stage.gpu.prefill import long_prefills
 from serving.stage.gpu.results import PendingResult, ResultThread, StepTimes, to_host
 from serving.stage.gpu.staging import Cut, PageEntries, Size, Staging
 from serving.stage.mirror import Rows
@@ -77,6 +79,16 @@ class GpuStage:
         self._tile_tokens = self._short_tile.tokens(heads, kv_heads)
         self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._max_tokens, self._slots = config.max_num_batched_tokens, config.max_num_seqs
+        self._long = long_prefills(
+            config.attention,
+            self._device,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=model_config.head_dim,
+            page_size=config.page_size,
+            dtype=self._dtype,
+            windowed=any(window is not None for window in model_config.sliding_windows),
+        )
         # One slot more than there are sequences takes what padding rows draw.
         self._last_tokens = torch.zeros(self._slots + 1, dtype=torch.int32, device=self._device)
         self._sampler: DeviceSampler | None = None
@@ -221,7 +233,9 @@ class GpuStage:
             hidden = self._hidden
             self._replayed += 1
         else:
-            hidden = self._run_body(size, rows.num_decodes, int(rows.context_lens.max()))
+            prefills = None if self._long is None else self._long.plan(rows)
+            longest = int(rows.context_lens.max())
+            hidden = self._run_body(size, rows.num_decodes, longest, prefills)
         arrays: list[Tensor] = []
         sampled = len(rows.sampled_slots)
         if not self._model.last:
@@ -299,7 +313,13 @@ class GpuStage:
     def _tile_shape(self, longest: int) -> Any:
         return self._long_tile if longest > 1024 else self._short_tile
 
-    def _run_body(self, size: Size, decodes: int, longest: int = 0) -> Tensor:
+    def _run_body(
+        self,
+        size: Size,
+        decodes: int,
+        longest: int = 0,
+        prefills: FlashInferPlan | None = None,
+    ) -> Tensor:
         body = self._staging.body(size)
         ids, hidden = body.ids, None
         if self._incoming is None:
@@ -319,7 +339,7 @@ class GpuStage:
             page_size=self._config.page_size,
             table_rows=body.table_rows,
             attention_plan=TritonPlan(
-                body.shares, body.part_starts, body.tiles, self._tile_shape(longest)
+                body.shares, body.part_starts, body.tiles, self._tile_shape(longest), prefills
             ),
         )
         return self._model.forward(inputs, hidden, self._kv)

@@ -73,7 +73,7 @@ def test_shares_cover_every_key_once(kernels: ModuleType) -> None:
 def test_parts_are_merged_for_several_heads_at_once(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for many sequences; the heads are no multiple of a program's, and parts fill two rounds."""
+    """As for many sequences; heads are no multiple of a program's, parts fill two rounds."""
     monkeypatch.setattr("serving.kernels.triton.attention.merge_shape", lambda rows: (2, 4))
     checks.check_attention(
         kernels, "cpu", torch.float32, heads=6, kv_heads=2, dim=96, window=None, seed=5, longest=700
