@@ -194,7 +194,7 @@ def bench(
 async def _bench(settings: Settings) -> None:
     from serving.bench.loads import context_needed, parse_load, warm_up
     from serving.bench.matmul import matmul_seconds
-    from serving.bench.runner import run_load
+    from serving.bench.runner import run_load, stage_shares
     from serving.bench.targets import InProcess, Remote, Target
     from serving.cli import resolve_model
     from serving.config.engine import EngineConfig
@@ -234,7 +234,12 @@ async def _bench(settings: Settings) -> None:
     try:
         await run_load(target, warm_up(loads), model.vocab_size, _say)
         for load in loads:
+            before = target.stages()
             figures = await run_load(target, load, model.vocab_size, _say)
+            shares = stage_shares(before, target.stages())
+            for stage, share in enumerate(shares):
+                parts = ", ".join(f"{kind} {part} %" for kind, part in share.items())
+                _say(f"{load.text}: stage {stage}: {parts}")
             head = {
                 "engine": "lectern",
                 "pp": settings.engine["pipeline_parallel_size"],
@@ -244,6 +249,7 @@ async def _bench(settings: Settings) -> None:
             }
             row = {**head, **figures, **_circumstances(settings)}
             product = products.get(load.text)
+            row["stages_percent"] = shares
             row["matmul_s"] = None if product is None else round(product, 3)
             _print(row, settings.as_json)
     finally:

@@ -9,11 +9,14 @@ from typing import Any
 
 from serving.bench.loads import Load, workload
 from serving.bench.targets import Target
+from serving.messages import StageSeconds
 
 #: Seconds between two lines of progress.
 PROGRESS_SECONDS = 5.0
 
 Row = tuple[float, float, float, int, int]
+
+_KINDS = ("busy", "wait_input", "wait_link", "idle")
 
 
 async def run_load(
@@ -33,6 +36,17 @@ async def run_load(
     wall = time.perf_counter() - began
     found: dict[str, Any] = workload.summary([request.result() for request in requests], wall)
     return found
+
+
+def stage_shares(before: list[StageSeconds], after: list[StageSeconds]) -> list[dict[str, float]]:
+    """Per cent of each stage's time between two reports that went to work and to waits."""
+    shares = []
+    for was, now in zip(before, after, strict=False):
+        spent = {kind: getattr(now, kind) - getattr(was, kind) for kind in _KINDS}
+        total = sum(spent.values())
+        if total > 0:
+            shares.append({kind: round(100 * part / total, 1) for kind, part in spent.items()})
+    return shares
 
 
 async def _request(

@@ -13,6 +13,7 @@ import msgspec
 from serving.config.engine import EngineConfig
 from serving.core import SamplingParams
 from serving.errors import ConfigError, LecternError
+from serving.messages import StageSeconds
 
 if TYPE_CHECKING:
     from serving.engine import Engine
@@ -31,6 +32,10 @@ class Target(ABC):
 
         Raises BenchError unless exactly `tokens_out` tokens came.
         """
+
+    def stages(self) -> list[StageSeconds]:
+        """Where each stage's time went since the start, as last reported; none from an address."""
+        return []
 
     @abstractmethod
     async def close(self) -> None: ...
@@ -64,6 +69,9 @@ class InProcess(Target):
                 got += len(output.token_ids)
         check_count(got, tokens_out)
         return first, time.perf_counter()
+
+    def stages(self) -> list[StageSeconds]:
+        return list(self._engine.stats.stages)
 
     async def close(self) -> None:
         await self._engine.close()

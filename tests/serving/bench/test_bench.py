@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 from serving import bench as bench_package
 from serving.bench.loads import PEER_CONTEXT, context_needed, parse_load, warm_up
 from serving.bench.machine import commit, hardware, memory_available
-from serving.bench.runner import run_load
+from serving.bench.runner import run_load, stage_shares
 from serving.bench.shapes import shape_folder, shape_names
 from serving.bench.targets import BenchError, Target
 from serving.cli import parse_size, register, resolve_model
 from serving.config.model import ModelConfig
 from serving.demo_model import ensure_demo_model
 from serving.errors import ConfigError
+from serving.messages import StageSeconds
 from serving.tokenizer import Tokenizer
 from tests.serving.api.server import Server
 
@@ -50,6 +51,15 @@ def test_workload_and_shapes_are_unchanged() -> None:
     found = {name: hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() for name in CHECKSUMS}
     assert found == CHECKSUMS
     assert shape_names() == ["qwen3-0.6b", "qwen3-8b", "qwen3-14b", "qwen3-32b"]
+
+
+def test_shares_of_a_stage_are_those_of_the_load_alone() -> None:
+    before = [StageSeconds(busy=5.0, idle=100.0), StageSeconds()]
+    after = [StageSeconds(busy=14.0, wait_input=0.5, wait_link=0.25, idle=100.25), StageSeconds()]
+    assert stage_shares(before, after) == [
+        {"busy": 90.0, "wait_input": 5.0, "wait_link": 2.5, "idle": 2.5}
+    ]
+    assert stage_shares([], after) == []
 
 
 def test_shapes_are_models() -> None:
@@ -190,7 +200,8 @@ def test_the_command_against_an_address(served: Server, demo: Path) -> None:
     )  # fmt: skip
     assert second["n"] == 2
     for key in ("wall_s", "out_tok_s", "tot_tok_s", "ttft_p99_ms", "tpot_mean_ms", "e2e_mean_ms",
-                "model", "pp", "commit", "date", "hardware", "matmul_s"):  # fmt: skip
+                "model", "pp", "commit", "date", "hardware", "matmul_s",
+                "stages_percent"):  # fmt: skip
         assert key in first
     # The warm-up of two, then the loads.
     calls = [(len(call.prompt), call.params.max_tokens) for call in served.engine.calls]
