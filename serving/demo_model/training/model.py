@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END
 
-#: Makes a mask out of [rows, tokens] document numbers; what it is depends on the attention used.
-Mask = Any
+#: What a token may see, for the attention used: see `attend`.
+Mask = BlockMask | Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +185,14 @@ def rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-    """Attend within documents: `mask` is a block mask of FlexAttention or a boolean tensor."""
-    if isinstance(mask, Tensor):
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=True
-        )
-    from torch.nn.attention.flex_attention import flex_attention
-
-    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
-    assert isinstance(found, Tensor)
-    return found
+    """Attend to what `mask` lets see: a block mask, a boolean tensor, or None for all before."""
+    if isinstance(mask, BlockMask):
+        found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+        assert isinstance(found, Tensor)
+        return found
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
 
 
 def dense_mask(documents: Tensor) -> Tensor:
@@ -202,13 +201,31 @@ def dense_mask(documents: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
-def block_mask(documents: Tensor) -> Mask:
-    """Return FlexAttention's mask of the same meaning."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def no_mask(documents: Tensor) -> None:
+    """Let a token see the documents before its own as well: for devices without FlexAttention."""
 
-    rows, tokens = documents.shape
 
-    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (documents[row, query] == documents[row, key]) & (query >= key)
+class BlockMasks:
+    """FlexAttention's mask of the same meaning as `dense_mask`.
 
-    return create_block_mask(seen, rows, None, tokens, tokens, device=documents.device.type)
+    The function that says what is seen and the tensor it reads stay the same from step to step,
+    so that compiled code stays valid; a mask therefore holds until the next one is made.
+    """
+
+    def __init__(self) -> None:
+        self._documents: Tensor | None = None
+
+    def __call__(self, documents: Tensor) -> BlockMask:
+        rows, tokens = documents.shape
+        if self._documents is None or self._documents.shape != documents.shape:
+            held = self._documents = documents.to(torch.int32)
+
+            def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return (held[row, query] == held[row, key]) & (query >= key)
+
+            self._seen = seen
+        else:
+            self._documents.copy_(documents)
+        return create_block_mask(
+            self._seen, rows, None, tokens, tokens, device=documents.device.type
+        )

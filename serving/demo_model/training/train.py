@@ -24,7 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from serving.demo_model.training.export import export, load, special_tokens
-from serving.demo_model.training.model import Decoder, Mask, Shape, block_mask, dense_mask
+from serving.demo_model.training.model import (
+    BlockMasks,
+    Decoder,
+    Shape,
+    dense_mask,
+    no_mask,
+)
 from serving.demo_model.training.optimiser import Optimiser
 from serving.demo_model.training.probe import Probe
 from serving.demo_model.training.prompts import END_OF_TEXT
@@ -74,11 +80,10 @@ class Trainer:
             self.model.load_state_dict(weights)
             self.progress = Progress(**progress)
         self._loss: Any = self.model.loss
-        self._mask: Any = dense_mask if a.attention == "dense" else block_mask
+        masks = {"flex": BlockMasks(), "dense": dense_mask, "causal": no_mask}
+        self._mask: Any = masks[a.attention]
         if a.compile:
             self._loss = torch.compile(self.model.loss)
-            if a.attention == "flex":
-                self._mask = torch.compile(block_mask)
 
     def _restore(self, file: Path) -> None:
         with safe_open(file, framework="pt", device=str(self.device)) as saved:
@@ -114,7 +119,7 @@ class Trainer:
         tokens, positions, documents, targets, weights = unpack(
             marked, self.filler, a.context_weight
         )
-        mask: Mask = self._mask(documents)
+        mask = self._mask(documents)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=a.bf16):
             whole, answers = self._loss(tokens, positions, mask, targets, weights)
         total = weights.sum()
@@ -208,7 +213,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shape", default="{}", help="JSON with other sizes, for trials")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--attention", choices=("flex", "dense"), default="flex")
+    parser.add_argument("--attention", choices=("flex", "dense", "causal"), default="flex")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--probe", type=Path, help="prompts whose citation is known, JSON Lines")

@@ -21,7 +21,7 @@ from serving.demo_model.training.corpus import Corpus, make_passage
 from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS, generate, make_shard
 from serving.demo_model.training.examples import Maker
 from serving.demo_model.training.export import export, load, shape_of
-from serving.demo_model.training.model import Decoder, Shape, attend, block_mask, dense_mask
+from serving.demo_model.training.model import BlockMasks, Decoder, Shape, attend, dense_mask
 from serving.demo_model.training.optimiser import orthogonal
 from serving.demo_model.training.overlap import course_runs, runs, shared, training_texts
 from serving.demo_model.training.probe import Probe
@@ -229,12 +229,14 @@ def test_tokenizer_round_trip_and_chat_template(tokenizer: Path) -> None:
 
 def test_flex_and_dense_attention_agree() -> None:
     generator = torch.Generator().manual_seed(0)
-    documents = torch.tensor([[0] * 50 + [1] * 78, [0] * 100 + [1] * 28])
+    masks = BlockMasks()
     query = torch.randn(2, 4, 128, 16, generator=generator)
     key, value = (torch.randn(2, 2, 128, 16, generator=generator) for _ in range(2))
-    dense = attend(query, key, value, dense_mask(documents))
-    flex = attend(query, key, value, block_mask(documents))
-    torch.testing.assert_close(dense, flex, atol=1e-5, rtol=1e-4)
+    for first, second in ((50, 100), (128, 1), (7, 64)):
+        documents = torch.tensor([[int(n >= end) for n in range(128)] for end in (first, second)])
+        dense = attend(query, key, value, dense_mask(documents))
+        flex = attend(query, key, value, masks(documents))
+        torch.testing.assert_close(dense, flex, atol=1e-5, rtol=1e-4)
 
 
 def test_orthogonal_updates() -> None:
