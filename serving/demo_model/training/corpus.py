@@ -18,6 +18,7 @@ from serving.demo_model.training.lexicon import HAN, STOPWORDS, WORD, base_forms
 _ROOT = Path(__file__).parents[3]
 #: Own prose that is read, beside docstrings. The sample course and the tests are never read.
 OWN_TEXTS = ("README.md", "README.zh-CN.md", "docs/architecture.md")
+LECTURES = Path(__file__).with_name("lectures.txt")
 OWN_CODE = ("serving", "backend", "rag", "monitoring", "deploy", "web")
 _SENTENCE_EN = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`\"'(\[])")
 _SENTENCE_ZH = re.compile(r"(?<=[。！？；])")
@@ -165,6 +166,25 @@ def _sections(row: dict[str, object]) -> list[Passage]:
         if len(paragraph) <= 1000:
             kept.append(paragraph)
     put()
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Lecture:
+    """A short Chinese text of our own, and questions: (number of the sentence, question)."""
+
+    passage: Passage
+    asked: tuple[tuple[int, str], ...]
+
+
+def lectures() -> list[Lecture]:
+    """Read `lectures.txt`: a heading, a paragraph, and lines with ?, a sentence's number, text."""
+    made = []
+    for block in LECTURES.read_text("utf-8").split("# ")[1:]:
+        heading, text, *asked = block.strip().split("\n")
+        rows = [line.removeprefix("?").split(" ", 1) for line in asked]
+        passage = make_passage("lectures", heading, heading, [text])
+        made.append(Lecture(passage, tuple((int(n) - 1, question) for n, question in rows)))
     return made
 
 

@@ -7,9 +7,16 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from serving.demo_model.training import frames, prompts
-from serving.demo_model.training.corpus import Corpus, Passage, Search, content, make_passage
+from serving.demo_model.training.corpus import (
+    Corpus,
+    Passage,
+    Search,
+    content,
+    lectures,
+    make_passage,
+)
 from serving.demo_model.training.dialogue import talk
-from serving.demo_model.training.lexicon import Lexicon
+from serving.demo_model.training.lexicon import HAN, Lexicon
 from serving.demo_model.training.prompts import Turn
 from serving.demo_model.training.questions import ask_across, ask_chinese, ask_english
 from serving.demo_model.training.tasks import KINDS, make_task
@@ -51,11 +58,13 @@ class Maker:
         self.corpus = corpus
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
         self.search = Search(corpus.passages)
+        self._lectures = lectures()
         self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
-            (0.34, self._documentation),
+            (0.28, self._documentation),
             (0.14, self._documentation_in_chinese),
             (0.22, self._facts),
             (0.10, self._messages if corpus.runs else self._facts),
+            (0.06, self._lecture),
             (0.13, self._task),
             (0.03, self._talk),
             (0.04, self._dictionary),
@@ -156,6 +165,37 @@ class Maker:
                 wrong.append(made)
         asked = _Asked(question, ask_in_chinese, target, target.window(place, 2), wrong)
         return self._put(rng, asked)
+
+    # Own short lectures with questions as a student would ask them.
+
+    def _lecture(self, rng: Random) -> Example:
+        place = rng.randrange(len(self._lectures))
+        lecture = self._lectures[place]
+        target = lecture.passage
+        if rng.random() < 0.6:
+            number, question = rng.choice(lecture.asked)
+            chinese = bool(HAN.search(question))
+            if chinese and rng.random() < 0.6:
+                words = self.lexicon.chinese_words(question)
+                question = "".join(
+                    self.lexicon.chinese(w, rng) if len(w) > 1 and rng.random() < 0.25 else w
+                    for w in words
+                )
+        else:
+            chinese = True
+            number = rng.randrange(len(target.spans))
+            question = ask_chinese(target.sentence(number), rng, self.lexicon, 0.5)
+        if len(target.spans) > 2 and rng.random() < 0.4:
+            gone = rng.choice([n for n in range(len(target.spans)) if n != number])
+            target = target.without(gone)
+            number -= gone < number
+        others = [n for n in range(len(self._lectures)) if n != place]
+        near = [n for n in others if abs(n - place) < 4]
+        chosen = [*rng.sample(near, 3), *rng.sample(others, 5)]
+        wrong = [self._lectures[n].passage for n in dict.fromkeys(chosen)]
+        if rng.random() < 0.3:
+            wrong.append(frames.passage(rng, self.lexicon, True)[0])
+        return self._put(rng, _Asked(question, chinese, target, target.window(number), wrong))
 
     # Messages of programs with their translations: short Chinese sentences.
 

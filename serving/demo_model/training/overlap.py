@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from serving.demo_model.training.corpus import Corpus
+from serving.demo_model.training.corpus import Corpus, lectures
 from serving.demo_model.training.dialogue import TALKS
 from serving.demo_model.training.frames import FRAMES
 from serving.demo_model.training.lexicon import GLOSSARY, PARAPHRASES, read_rows
@@ -75,6 +75,9 @@ def training_texts(corpus: Corpus) -> Iterator[str]:
         yield chinese
     for word, meaning in corpus.definitions:
         yield f"{word} {meaning}"
+    for lecture in lectures():
+        yield lecture.passage.heading + lecture.passage.body
+        yield from (question for _, question in lecture.asked)
     for frame in FRAMES:
         yield from (*frame.zh, *frame.en, *frame.ask_zh, *frame.ask_en)
     for asked_zh, asked_en, said_zh, said_en in TALKS:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from serving.demo_model.training.corpus import Corpus
+from serving.demo_model.training.corpus import Corpus, lectures
 from serving.demo_model.training.examples import Maker
 from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END, TURN_START
 
@@ -57,6 +57,8 @@ def _texts(corpus: Corpus, examples: int, seed: int) -> Iterator[str]:
     for english, chinese in corpus.pairs:
         yield english
         yield chinese
+    for lecture in lectures():
+        yield from [lecture.passage.body] * 20
     maker = Maker(corpus)
     rng = Random(f"tokenizer-{seed}")
     for _ in range(examples):
