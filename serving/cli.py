@@ -226,10 +226,9 @@ def resolve_model(model: str) -> tuple[Path, str]:
 
     folder = Path(model).expanduser()
     if model == "demo" and not folder.is_dir():
-        from serving.demo_model import ensure_demo_model
-        from serving.demo_model.make import NAME
+        from serving.demo_model.make import demo_model, served_name
 
-        return ensure_demo_model(_home() / "demo-model", _say), NAME
+        return demo_model(_home(), _say), served_name()
     shape = None if folder.exists() else shape_folder(model)
     if shape is not None:
         return shape, model

@@ -1,7 +1,7 @@
-"""Makes the demo model's folder: a Qwen3 of about ten million random weights.
+"""The demo model: the trained one of this repository, or random weights where it is missing.
 
-The weights come from a fixed seed and have learnt nothing: answers are random words. The file
-`lectern_demo.json` says so, and the API and the page repeat it.
+The random weights are a Qwen3 of about ten million from a fixed seed, which have learnt nothing:
+answers are random words. The file `lectern_demo.json` says so, and the API and the page repeat it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from serving.errors import ConfigError
 
 MARKER = "lectern_demo.json"
 NAME = "lectern-demo"
+#: Where the trained model lies once its weights are part of the repository, and its name.
+TRAINED = Path(__file__).with_name("lectern-tiny")
+TRAINED_NAME = "lectern-tiny"
 CONTEXT = 4096
 
 #: Raise it when the folder's content changes: folders of an older version are made again.
@@ -41,6 +44,31 @@ _KV_HEADS = 2
 _HEAD_DIM = 64
 _INTERMEDIATE = 768
 _ROUND_VOCABULARY = 64
+
+
+def demo_model(home: Path, progress: Callable[[str], None] | None = None) -> Path:
+    """Return the folder of the trained model, or one with random weights below `home`.
+
+    Raises ConfigError like `ensure_demo_model`.
+    """
+    if is_trained():
+        return TRAINED
+    return ensure_demo_model(home / "demo-model", progress)
+
+
+def served_name() -> str:
+    """The name under which `demo` is served."""
+    return TRAINED_NAME if is_trained() else NAME
+
+
+def is_trained() -> bool:
+    """Whether the trained model's weights are there, whole."""
+    index = TRAINED / "model.safetensors.index.json"
+    try:
+        files = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError):
+        return False
+    return all((TRAINED / name).is_file() for name in files)
 
 
 def ensure_demo_model(folder: Path, progress: Callable[[str], None] | None = None) -> Path:

@@ -20,9 +20,12 @@ import psutil
 import pytest
 
 from serving.demo_model import ensure_demo_model
+from serving.demo_model.make import served_name
 from tests.serving.api.server import events, text_of
 
 ROOT = Path(__file__).resolve().parents[3]
+
+MODEL = served_name()
 
 
 class Served:
@@ -75,7 +78,7 @@ def demo(home: Path) -> Iterator[tuple[Served, str]]:
         "--threads", "1",
     )  # fmt: skip
     try:
-        address = served.read_until(r"ready model=lectern-demo url=(\S+)/v1")[1]
+        address = served.read_until(rf"ready model={MODEL} url=(\S+)/v1")[1]
         yield served, address
         assert served.end() == 0
         assert "Traceback" not in served.log[-1]
@@ -117,7 +120,7 @@ def test_the_official_client_chats(demo: tuple[Served, str]) -> None:
 def test_log_probabilities_and_stop_ids(demo: tuple[Served, str]) -> None:
     _, address = demo
     body = {
-        "model": "lectern-demo", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0,
+        "model": MODEL, "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0,
         "logprobs": 3,
     }  # fmt: skip
     choice = httpx2.post(f"{address}/v1/completions", json=body).json()["choices"][0]
@@ -131,12 +134,12 @@ def test_log_probabilities_and_stop_ids(demo: tuple[Served, str]) -> None:
 def test_a_hang_up_frees_all_pages(demo: tuple[Served, str]) -> None:
     _, address = demo
     body = {
-        "model": "lectern-demo", "prompt": "hello " * 50, "ignore_eos": True, "stream": True,
+        "model": MODEL, "prompt": "hello " * 50, "ignore_eos": True, "stream": True,
     }  # fmt: skip
     with httpx2.stream("POST", f"{address}/v1/completions", json=body) as response:
         next(response.iter_lines())
     end = time.monotonic() + 20
-    used = 'lectern_engine_kv_pages{model_name="lectern-demo",state="used"}'
+    used = f'lectern_engine_kv_pages{{model_name="{MODEL}",state="used"}}'
     while figures(address)[used] and time.monotonic() < end:
         time.sleep(0.1)
     assert figures(address)[used] == 0
@@ -145,7 +148,7 @@ def test_a_hang_up_frees_all_pages(demo: tuple[Served, str]) -> None:
 def test_a_killed_stage_ends_the_stream_and_comes_back(demo: tuple[Served, str]) -> None:
     served, address = demo
     body = {
-        "model": "lectern-demo", "prompt": "hello", "ignore_eos": True, "stream": True,
+        "model": MODEL, "prompt": "hello", "ignore_eos": True, "stream": True,
         "max_tokens": 4000,
     }  # fmt: skip
     lines: list[str] = []
@@ -160,7 +163,7 @@ def test_a_killed_stage_ends_the_stream_and_comes_back(demo: tuple[Served, str])
     served.read_until("the engine is ready again")
     assert any("died and is being restarted" in line for line in served.log)
     assert httpx2.get(f"{address}/health").status_code == 200
-    assert figures(address)['lectern_engine_restarts_total{model_name="lectern-demo"}'] == 1
+    assert figures(address)[f'lectern_engine_restarts_total{{model_name="{MODEL}"}}'] == 1
 
 
 def test_a_folder_without_tokenizer(home: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.config.model import ModelConfig
-from serving.demo_model import ensure_demo_model
-from serving.demo_model.make import CONTEXT, MARKER, read_marker
+from serving.demo_model import ensure_demo_model, make
+from serving.demo_model.make import CONTEXT, MARKER, demo_model, read_marker, served_name
 from serving.demo_model.vocabulary import build_tokenizer, common_characters
 from serving.errors import ConfigError
 from serving.tokenizer import Tokenizer
@@ -116,3 +116,21 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     assert [process.exitcode for process in both] == [0, 0]
     assert read_marker(place)["untrained"] is True
     assert [path.name for path in tmp_path.iterdir()] == ["demo-model"]
+
+
+def test_the_trained_model_is_served_once_its_weights_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    trained = tmp_path / "lectern-tiny"
+    monkeypatch.setattr(make, "TRAINED", trained)
+    home = tmp_path / "home"
+    assert demo_model(home) == home / "demo-model"
+    assert served_name() == "lectern-demo"
+    trained.mkdir()
+    index = trained / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    (trained / "one.safetensors").touch()
+    assert served_name() == "lectern-demo"  # half of it is not a model
+    (trained / "two.safetensors").touch()
+    assert demo_model(home) == trained
+    assert served_name() == "lectern-tiny"
