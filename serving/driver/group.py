@@ -61,7 +61,6 @@ class StageGroup:
         for worker in range(workers):
             socket = context.socket(zmq.PUSH)
             socket.set_hwm(_QUEUE)
-            socket.setsockopt(zmq.SNDTIMEO, _SEND_MS)
             socket.bind(socket_address(spec.directory, f"plans-{worker}"))
             self._plans.append(socket)
         for worker in range(workers):
@@ -191,10 +190,28 @@ class StageGroup:
         self._send_bytes(worker, self._encoder.encode(message))
 
     def _send_bytes(self, worker: int, data: bytes) -> None:
-        try:
-            self._plans[worker].send(data)
-        except zmq.Again:
-            raise EngineDeadError(f"{self._name(worker)} takes no more plans.") from None
+        """Send, and wait a while if that cannot be done now: nobody may be there to take it."""
+        socket = self._plans[worker]
+        deadline = time.monotonic() + _SEND_MS / 1000
+        while True:
+            try:
+                socket.send(data, zmq.NOBLOCK)
+                return
+            except zmq.Again:
+                if self._wait_for_room(socket, deadline - time.monotonic()):
+                    continue
+            raise EngineDeadError(f"{self._name(worker)} takes no more plans.")
+
+    def _wait_for_room(self, socket: zmq.Socket[bytes], seconds: float) -> bool:
+        """Whether a message may be sent within so long. Raises why the group ended if it did."""
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLOUT)
+        for child in self.children:
+            poller.register(child, zmq.POLLIN)
+        events = dict(poller.poll(max(0, int(seconds * 1000))))
+        if any(child.fileno() in events for child in self.children):
+            raise self.failure(None)
+        return bool(events)
 
     def _name(self, worker: int) -> str:
         stage, rank = divmod(worker, self._ranks)
