@@ -67,7 +67,6 @@ SOURCES = (
     Source("pypy3-doc", "MIT", "usr/share/doc", skip=r"release|whatsnew|/_"),
     Source("python-sklearn-doc", "BSD-3-Clause", "usr/share/doc",
            skip=r"whats_new|/generated|auto_ex"),
-    Source("python3-sphinx", "BSD-2-Clause", "usr/lib/python3/dist-packages", "po"),
     Source("postgresql-15", "PostgreSQL", "usr/share/locale/zh_CN", "po"),
     Source("postgresql-client-15", "PostgreSQL", "usr/share/locale/zh_CN", "po"),
     Source("subversion", "Apache-2.0", "usr/share/locale/zh_CN", "po"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from serving.demo_model.training.collect import SOURCES
 from serving.demo_model.training.model import Decoder, Shape
 from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END
 
@@ -18,6 +19,11 @@ LARGEST_SHARD = 15_000_000
 #: How far the training came; `--start-from` reads it.
 PROGRESS = "training.json"
 CARD = Path(__file__).with_name("card.md")
+_READ = {
+    "html": "documentation", "po": "messages and translations",
+    "properties": "messages and translations", "typescript": "messages and translations",
+    "wordnet": "synonyms, definitions", "unihan": "meanings of characters",
+}  # fmt: skip
 
 
 def export(
@@ -49,10 +55,17 @@ def export(
         shutil.copyfile(tokenizer / name, folder / name)
     if progress is not None:
         _write(folder / PROGRESS, progress)
-    card = CARD.read_text("utf-8")
-    parameters = sum(p.numel() for p in model.parameters())
-    (folder / "README.md").write_text(card.replace("@PARAMETERS@", f"{parameters:,}"), "utf-8")
+    (folder / "README.md").write_text(card(model), "utf-8")
     return folder
+
+
+def card(model: Decoder, figures: str = "Not measured yet.") -> str:
+    """Return the model card: sizes, packages with their licences, figures."""
+    rows = ["| package | licence | read of it |", "| --- | --- | --- |"]
+    rows += [f"| {s.package} | {s.licence} | {_READ[s.kind]} |" for s in SOURCES]
+    text = CARD.read_text("utf-8").replace("@SOURCES@", "\n".join(rows))
+    parameters = sum(p.numel() for p in model.parameters())
+    return text.replace("@PARAMETERS@", f"{parameters:,}").replace("@FIGURES@", figures)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,6 +17,7 @@ from rag.prompt import PromptPassage, build_prompt
 from rag.sample import sample_documents_folder, sample_questions_file
 from serving import LLM, SamplingParams
 from serving.demo_model.training import prompts
+from serving.demo_model.training.collect import SOURCES
 from serving.demo_model.training.corpus import Corpus, make_passage
 from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS, generate, make_shard
 from serving.demo_model.training.examples import Maker
@@ -332,6 +333,9 @@ def test_an_exported_model_answers_alike_here_and_in_transformers(
     assert max(f.stat().st_size for f in folder.glob("*.safetensors")) <= 15_100_000
     weights, progress = load(folder)
     assert progress == {"step": 1}
+    card = (folder / "README.md").read_text()
+    assert "@" not in card
+    assert all(f"| {source.package} | {source.licence} |" in card for source in SOURCES)
     assert shape_of(folder) == model.shape
     again = Decoder(model.shape)
     again.load_state_dict(weights)
