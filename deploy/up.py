@@ -40,8 +40,19 @@ def up(
         typer.Option(help="Folder of a Hugging Face checkpoint, or `demo` for the demo model."),
     ] = "demo",
     pipeline_parallel_size: Annotated[
-        int, typer.Option(min=1, help="Pipeline stages the engine runs, a process each.")
-    ] = 2,
+        int,
+        typer.Option(
+            min=0,
+            help="Pipeline stages the engine runs, a process each; 0: 2 for the demo, else 1.",
+        ),
+    ] = 0,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Processes that share out every layer of a stage.")
+    ] = 1,
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu or cuda. auto is the CPU for the demo, else GPUs if any."),
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (as the checkpoint says), float32, bfloat16 or float16.")
     ] = "auto",
@@ -98,7 +109,7 @@ def up(
         if not upstream:
             command = own_command(
                 "serve", model, "--port", str(engine_port), "--dtype", dtype,
-                "--pipeline-parallel-size", str(pipeline_parallel_size),
+                *_layout(model, pipeline_parallel_size, tensor_parallel_size, device),
             )  # fmt: skip
             if served_model_name:
                 command += ["--served-model-name", served_model_name]
@@ -141,6 +152,17 @@ def up(
         print(f"lectern: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     raise typer.Exit(code)
+
+
+def _layout(model: str, stages: int, ranks: int, device: str) -> list[str]:
+    """The engine's processes and where they run. The demo is made for CPU cores: its two stages
+    would not fit a machine with one GPU."""
+    demo = model == "demo"
+    return [
+        "--pipeline-parallel-size", str(stages or (2 if demo else 1)),
+        "--tensor-parallel-size", str(ranks),
+        "--device", "cpu" if demo and device == "auto" else device,
+    ]  # fmt: skip
 
 
 def _take_state(state: Path) -> IO[str]:

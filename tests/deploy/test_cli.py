@@ -5,9 +5,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deploy import up
 from deploy.cli import SUBCOMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +96,15 @@ def test_up_refuses_an_upstream_that_is_no_address(tmp_path: Path) -> None:
     done = lectern("up", "--home", str(tmp_path), "--upstream", "localhost")
     assert done.returncode == 2
     assert "--upstream localhost is not an address" in done.stderr
+
+
+def test_the_demo_runs_on_cores_and_models_of_ones_own_where_there_is_room() -> None:
+    def layout(*arguments: Any) -> dict[str, str]:
+        words = up._layout(*arguments)
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    stages, ranks, device = "--pipeline-parallel-size", "--tensor-parallel-size", "--device"
+    assert layout("demo", 0, 1, "auto") == {stages: "2", ranks: "1", device: "cpu"}
+    assert layout("demo", 1, 1, "cuda") == {stages: "1", ranks: "1", device: "cuda"}
+    assert layout("/models/x", 0, 1, "auto") == {stages: "1", ranks: "1", device: "auto"}
+    assert layout("/models/x", 4, 2, "auto") == {stages: "4", ranks: "2", device: "auto"}
