@@ -40,6 +40,13 @@ def simulate(
     layer_layout: Annotated[
         str, typer.Option(help="Layers of each stage, such as 10,9,9,8.", show_default=False)
     ] = "",
+    layer_rebalance: Annotated[
+        str,
+        typer.Option(
+            help="auto lets layers move to the stages that are predicted to be done first, at no "
+            "cost; off keeps the layout."
+        ),
+    ] = "off",
     order: Annotated[str, typer.Option(help="Order of service: fcfs.")] = "fcfs",
     schedule_policy: Annotated[
         list[str] | None,
@@ -94,6 +101,7 @@ def simulate(
         profile=profile,
         stages=stages,
         layout=layer_layout,
+        rebalance=layer_rebalance,
         max_model_len=max_model_len,
         num_pages=num_kv_pages,
         known_lengths=known_lengths,
@@ -123,6 +131,7 @@ class _Settings:
     profile: str
     stages: int
     layout: str
+    rebalance: str
     max_model_len: int
     num_pages: int
     known_lengths: bool
@@ -221,6 +230,7 @@ def _run(
 ) -> dict[str, Any]:
     from serving.simulation.pipeline import Pipeline, simulated_config
     from serving.simulation.profile import Profile
+    from serving.simulation.rebalance import Rebalancing
     from serving.simulation.report import summarise
 
     profile = Profile.load(settings.profile)
@@ -232,6 +242,12 @@ def _run(
         layer_layout=_counts(settings.layout),
         **settings.engine,
     )
+    if settings.rebalance not in ("off", "auto"):
+        raise ConfigError(
+            f"--layer-rebalance must be off or auto, not {settings.rebalance!r}.",
+            "--layer-rebalance",
+        )
+    rebalancing = Rebalancing() if settings.rebalance == "auto" else None
     pipeline = Pipeline(
         profile,
         config,
@@ -239,7 +255,10 @@ def _run(
         max_model_len=settings.max_model_len,
         known_lengths=settings.known_lengths,
         longest_answer=settings.longest_answer,
+        on_step=None if rebalancing is None else rebalancing.on_step,
     )
+    if rebalancing is not None:
+        rebalancing.attach(pipeline)
     began = said = time.monotonic()
 
     def progress(ended: int, now: float) -> None:
@@ -250,6 +269,8 @@ def _run(
 
     outcome = pipeline.run(load.arrivals, progress)
     took = time.monotonic() - began
+    for at, move in rebalancing.moves if rebalancing is not None else ():
+        _say(f"{load.text}, {at:.1f} s: {move.sentence()}")
     return {
         "engine": "lectern, simulated",
         "profile": profile.name,
@@ -261,6 +282,7 @@ def _run(
         "budget": budget,
         "seed": seed,
         **summarise(load.arrivals, outcome),
+        "moves": 0 if rebalancing is None else len(rebalancing.moves),
         "dropped": load.dropped,
         "times_real_time": round(outcome.wall / max(took, 1e-9)),
     }

@@ -94,6 +94,7 @@ def test_traces_are_told_apart_scaled_and_cut(
         (("--load", "chat:5:0", "--profile", "none"), "--profile"),
         (("--load", "chat:5:0", "--layer-layout", "a,b"), "--layer-layout"),
         (("--load", "chat:5:0", "--schedule-policy", "best"), "--schedule-policy"),
+        (("--load", "chat:5:0", "--layer-rebalance", "always"), "--layer-rebalance"),
         (("--trace", "/nowhere"), "--trace"),
         (("--trace", "{empty}"), "--trace"),
         (("--trace", "{azure}", "--load", "fast"), "--load"),

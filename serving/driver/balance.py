@@ -1,0 +1,181 @@
+"""Decides which stage should own which layers, from predicted times of late micro-batches.
+
+The slowest stage sets the pace of a pipeline, so the best layout makes the slowest stage's mean
+time over the window least. A decision is plain computation: how layers move is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.core import Layout
+from serving.driver.predictor import (
+    NUM_LAYER,
+    StagePredictor,
+    StepFeatures,
+    head_vector,
+    layer_vector,
+)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Mean seconds a micro-batch of the window takes: for one layer, and whatever the layers are.
+
+    The stage owns at least `fewest` and at most `most` layers, those it can hold.
+    """
+
+    layer: float
+    fixed: float
+    fewest: int = 1
+    most: int = 1 << 30
+
+
+def stage_costs(
+    predictors: Sequence[StagePredictor], window: Sequence[StepFeatures]
+) -> list[StageCost]:
+    """What the window costs each stage. A slower or disturbed device shows in its own layers."""
+    # Times are linear in the features, so the mean time is that of the mean features.
+    layer = np.mean([layer_vector(step) for step in window], axis=0)
+    head = np.mean([head_vector(step) for step in window], axis=0)
+    return [
+        StageCost(
+            layer=float(np.dot(layer, predictor.coefficients[:NUM_LAYER])),
+            fixed=float(np.dot(head, predictor.coefficients[NUM_LAYER:])),
+        )
+        for predictor in predictors
+    ]
+
+
+def slowest(costs: Sequence[StageCost], counts: Sequence[int]) -> float:
+    """Seconds of the slowest stage when stage i owns `counts[i]` layers."""
+    return max(cost.fixed + count * cost.layer for cost, count in zip(costs, counts, strict=True))
+
+
+def best_counts(costs: Sequence[StageCost], layers: int) -> list[int] | None:
+    """Layers of each stage that make the slowest one fastest; None if they do not fit.
+
+    Layers are given out one by one, each to the stage that is then done first. As all layers of a
+    stage cost the same, no other choice has a faster slowest stage.
+    """
+    counts = [cost.fewest for cost in costs]
+    for _ in range(layers - sum(counts)):
+        places = [stage for stage, cost in enumerate(costs) if counts[stage] < cost.most]
+        if not places:
+            return None
+        counts[min(places, key=lambda stage: _with_one_more(costs, counts, stage))] += 1
+    return counts if sum(counts) == layers else None
+
+
+def _with_one_more(costs: Sequence[StageCost], counts: Sequence[int], stage: int) -> float:
+    return costs[stage].fixed + (counts[stage] + 1) * costs[stage].layer
+
+
+def layers_moved(before: Layout, after: Layout) -> int:
+    """Layers whose stage differs, each counted once however far it goes."""
+    return sum(
+        sum(1 for layer in after.layers(stage) if layer not in before.layers(stage))
+        for stage in range(after.num_stages)
+    )
+
+
+@dataclass(frozen=True)
+class Move:
+    """A new layout, and why: seconds of the slowest stage before and after, as predicted."""
+
+    layout: Layout
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        return 1 - self.after / self.before
+
+    def sentence(self) -> str:
+        counts = [len(self.layout.layers(stage)) for stage in range(self.layout.num_stages)]
+        return (
+            f"layers move to {counts}: the slowest stage takes {1000 * self.before:.2f} ms a "
+            f"micro-batch and is predicted to take {1000 * self.after:.2f} ms"
+        )
+
+
+class Balancer:
+    """Asked now and then with the window of the moment; says when a move is worth it.
+
+    A move must promise at least `margin` (more where predictions are worse than that), the same
+    candidate must have promised it for `patience` seconds, and what is won until the next move is
+    expected must be `times_cost` times what moving costs. Moves are at least `dwell` seconds apart;
+    one that goes back on the last doubles that, so that a load that changes faster than it pays to
+    follow is followed less and less.
+    """
+
+    margin = 0.03
+    patience = 1.0
+    dwell = 2.0
+    longest_dwell = 120.0
+    times_cost = 2.0
+
+    def __init__(self, layout: Layout, *, seconds_a_layer: float = 0.01) -> None:
+        """`seconds_a_layer`: of the whole pipeline's time that moving one layer costs."""
+        self.layout = layout
+        self._seconds_a_layer = seconds_a_layer
+        self._dwell = self.dwell
+        self._moved_at: float | None = None
+        self._before_last: list[int] | None = None
+        self._candidate: list[int] | None = None
+        self._since = 0.0
+
+    def decide(self, now: float, costs: Sequence[StageCost], error: float | None) -> Move | None:
+        """A move that is worth it at `now` (seconds), or None. `error` is that of the predictions;
+        None, nothing known yet, moves nothing.
+        """
+        current = _counts(self.layout)
+        layers = sum(current)
+        best = best_counts(costs, layers)
+        if error is None or best is None:
+            self._candidate = None
+            return None
+        before = slowest(costs, current)
+        needed = 1 - max(self.margin, error)
+        kept = self._candidate
+        if kept is not None and slowest(costs, best) > slowest(costs, kept) * (1 - self.margin):
+            best = kept  # as good as the one that has been waited for
+        after = slowest(costs, best)
+        if best == current or after > before * needed:
+            self._candidate = None
+            return None
+        if best != kept:
+            self._candidate, self._since = best, now
+        if now - self._since < self.patience:
+            return None
+        if self._moved_at is not None and now - self._moved_at < self._dwell:
+            return None
+        layout = Layout.of_counts(best)
+        # What has lasted is expected to last as long again.
+        won = (1 - after / before) * max(self._dwell, now - self._since)
+        if won < self.times_cost * self._seconds_a_layer * layers_moved(self.layout, layout):
+            return None
+        return self._move(now, Move(Layout(self.layout.epoch + 1, layout.bounds), before, after))
+
+    def _move(self, now: float, move: Move) -> Move:
+        current, after = _counts(self.layout), _counts(move.layout)
+        if self._before_last is not None and _goes_back(self._before_last, current, after):
+            self._dwell = min(self.longest_dwell, 2 * self._dwell)
+        else:
+            self._dwell = max(self.dwell, self._dwell / 2)
+        self._before_last, self._moved_at = current, now
+        self._candidate = None
+        self.layout = move.layout
+        return move
+
+
+def _counts(layout: Layout) -> list[int]:
+    return [len(layout.layers(stage)) for stage in range(layout.num_stages)]
+
+
+def _goes_back(first: list[int], second: list[int], third: list[int]) -> bool:
+    """Whether the second of two moves takes back a part of the first."""
+    return any((b - a) * (c - b) < 0 for a, b, c in zip(first, second, third, strict=True))
