@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -73,15 +74,20 @@ def running_engine(model: str, url: str | None = None) -> Iterator[EngineClient]
     """
     process: subprocess.Popen[str] | None = None
     if url is None:
+        if threading.current_thread() is threading.main_thread():
+            # A command that is told to end takes its engine with it.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "serve", model, "--port", "0"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        url = _ready_url(process)
     client = None
     try:
+        if process is not None:
+            url = _ready_url(process)
+        assert url is not None
         client = EngineClient(url)
         yield client
     except httpx2.HTTPError as error:
