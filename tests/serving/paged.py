@@ -113,7 +113,8 @@ class PagedRun:
         for stage, kv in zip(self.stages, self.kv, strict=True):
             hidden = stage.forward(inputs, hidden, kv)
         assert hidden is not None
-        return self.stages[-1].logits(hidden)
+        # A stage's logits are valid until its next ones only; tests keep them.
+        return self.stages[-1].logits(hidden).clone()
 
     def greedy(self, prompt: Sequence[int], count: int, chunk: int = 512) -> list[int]:
         """Greedy tokens after a prompt that is prefilled in chunks; stops at an end token."""
