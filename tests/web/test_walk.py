@@ -20,7 +20,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.programs import needs
-from tests.web.browsing import ask, chromium, go, new_context, session_token
+from tests.web.browsing import ask, chromium, go, new_context, session_token, settled
 from tests.web.serving_pages import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +177,7 @@ def test_a_student_asks_in_both_languages_and_opens_a_passage(
     expect(stop).to_have_count(0, timeout=ANSWER_MS)
     expect(page.get_by_text("The answer broke off")).to_have_count(0)
     expect(found).to_have_count(2)
+    settled(page)
     found.last.click()
     page.locator("[class*=st-key-found-] button[kind=tertiary]:visible").last.click()
     dialog = page.get_by_role("dialog")
