@@ -141,6 +141,8 @@ def bench(
     from serving.bench.targets import BenchError
     from serving.cli import fail, parse_devices
 
+    if seed < 0:
+        fail(ConfigError(f"--seed must be at least 0, not {seed}.", "--seed"))
     fixed = all(text.startswith("fixed-") for text in load)
     settings = Settings(
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import msgspec
 from serving.errors import ConfigError
 
 GIB = 1 << 30
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
@@ -158,6 +160,13 @@ def _check_devices(devices: list[str], stages: int, ranks: int) -> None:
             f"give one device {each}.",
             flag,
         )
+    for device in devices:
+        if not _DEVICE.fullmatch(device):
+            raise ConfigError(
+                f"{flag} names {device!r}, which is no device; give cpu, or GPUs by their numbers "
+                "such as cuda:0,cuda:1.",
+                flag,
+            )
     for stage in range(stages):
         own = devices[stage * ranks : (stage + 1) * ranks]
         if len({device.partition(":")[0] for device in own}) > 1:

@@ -31,6 +31,12 @@ def choose_device(config: EngineConfig, stage: int, rank: int = 0) -> torch.devi
             "gloo links them; leave it at auto.",
             "--transport",
         )
+    if device.type == "cpu" and config.attention == "flashinfer":
+        raise ConfigError(
+            "--attention flashinfer runs on NVIDIA GPUs, and this stage runs on the CPU; leave it "
+            "at auto.",
+            "--attention",
+        )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
@@ -65,8 +71,8 @@ def _too_few(stages: int, ranks: int, found: int) -> str:
         needed += f" of {ranks} ranks"
     if not found:
         return (
-            f"{needed} on GPUs were asked for, and torch finds no GPU here; check the driver with "
-            "nvidia-smi, or use --device cpu."
+            f"GPUs were asked for, for {needed}, and torch finds no GPU here; check the driver "
+            "with nvidia-smi, or use --device cpu."
         )
     return (
         f"{needed} need {_gpus(stages * ranks)}, and torch finds {_gpus(found)} here; lower "

@@ -215,6 +215,8 @@ def test_bad_commands_are_one_sentence(demo: Path) -> None:
     for arguments, part in (
         (["--model", "/nowhere", "--load", "chat:1:0"], "does not exist"),
         (["--model", str(demo), "--load", "chat:1"], "--load"),
+        (["--model", str(demo), "--load", "chat:1:0", "--seed", "-1"], "--seed must be at least 0"),
+        (["--model", str(demo), "--load", "fixed-4-4:1:0", "--devices", "gpu"], "no device"),
         (
             ["--model", str(demo), "--load", "fixed-4-4:1:0", "--url", "http://127.0.0.1:9"],
             "--url",

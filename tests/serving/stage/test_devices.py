@@ -57,7 +57,9 @@ def test_ranks_of_a_stage_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> N
         (3, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "device": "cuda"},
          "2 pipeline stages of 2 ranks need 4 GPUs", "--pipeline-parallel-size"),
         (1, {"tensor_parallel_size": 2}, "lower --tensor-parallel-size", "--tensor-parallel-size"),
-        (0, {"device": "cuda"}, "torch finds no GPU here; check the driver", "--device"),
+        (0, {"device": "cuda"}, "for 1 pipeline stage, and torch finds no GPU here; check the "
+         "driver", "--device"),
+        (0, {"attention": "flashinfer"}, "runs on NVIDIA GPUs", "--attention"),
         (1, {"pipeline_parallel_size": 2, "devices": ["cuda:0", "cuda:1"]},
          "names cuda:1, and torch finds 1 GPU", "--devices"),
         (2, {"pipeline_parallel_size": 2, "devices": ["cuda:0", "cpu"]}, "mixes", "--devices"),
