@@ -97,6 +97,11 @@ def simulate(
     """
     from serving.cli import fail
 
+    smallest = {"--requests": (requests, 0), "--longest-answer": (longest_answer, 1)}
+    smallest["--seed"] = (seed, 0)
+    for flag, (value, least) in smallest.items():
+        if value < least:
+            fail(ConfigError(f"{flag} must be at least {least}, not {value}.", flag))
     settings = _Settings(
         profile=profile,
         stages=stages,
@@ -161,7 +166,7 @@ def _loads(
     kept = _fitting(settings, arrivals)
     if not kept:
         raise ConfigError(
-            f"No request of {trace} fits into --max-model-len {settings.max_model_len}.",
+            f"No request of {trace} fits into {_room(settings)}.",
             "--max-model-len",
         )
     name = Path(trace).stem
@@ -185,8 +190,15 @@ def _bench_load(settings: _Settings, text: str, seed: int) -> _LoadSet:
     ]
     kept = _fitting(settings, arrivals)
     if not kept:
-        raise ConfigError(f"No request of {text} fits into --max-model-len.", "--max-model-len")
+        raise ConfigError(f"No request of {text} fits into {_room(settings)}.", "--max-model-len")
     return _LoadSet(text, kept, len(arrivals) - len(kept), caching=False)
+
+
+def _room(settings: _Settings) -> str:
+    return (
+        f"--max-model-len {settings.max_model_len} and --num-kv-pages {settings.num_pages} of "
+        f"{settings.engine['page_size']} tokens"
+    )
 
 
 def _fitting(settings: _Settings, arrivals: list[Arrival]) -> list[Arrival]:

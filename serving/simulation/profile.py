@@ -57,7 +57,10 @@ class Profile(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
         if not path.is_file():
             path = Path(name)
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            found = msgspec.json.decode(path.read_bytes(), type=cls)
+            if found.layers < 1 or min(len(found.layer_s), len(found.head_s)) < 2:
+                raise msgspec.ValidationError("it needs a layer and two points of every curve")
+            return found
         except (OSError, msgspec.DecodeError) as error:
             known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.json")))
             raise ConfigError(

@@ -41,7 +41,9 @@ def read_trace(path: Path, seed: int, *, most: int | None = None) -> tuple[list[
             raise ValueError("it is empty")
         shared = lines[0].lstrip().startswith("{")
         found = _mooncake(lines, seed) if shared else _azure(lines, seed)
-    except (OSError, ValueError, LookupError, msgspec.DecodeError) as error:
+        if not found:
+            raise ValueError("it has a heading alone")
+    except (OSError, ValueError, LookupError, OverflowError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"--trace {path} is not a trace in Azure's or Mooncake's format ({error}).", "--trace"
         ) from error
@@ -55,7 +57,8 @@ def read_trace(path: Path, seed: int, *, most: int | None = None) -> tuple[list[
 def _azure(lines: list[str], seed: int) -> list[Arrival]:
     random = np.random.default_rng(seed)
     found = []
-    for row in csv.DictReader(lines):
+    # A field that a line lacks reads as empty, which is no number.
+    for row in csv.DictReader(lines, restval=""):
         # Digits beyond microseconds are dropped.
         stamp = datetime.fromisoformat(row["TIMESTAMP"][:26])
         prompt = random.integers(2, 1 << 31, max(1, int(row["ContextTokens"])), dtype=np.int32)
@@ -71,7 +74,10 @@ def _mooncake(lines: list[str], seed: int) -> list[Arrival]:
     for line in lines:
         row = decoder.decode(line)
         blocks = np.array(row.hash_ids, dtype=np.int32) + 2
-        prompt = np.repeat(blocks, _BLOCK)[: max(1, row.input_length)]
+        wanted = max(1, row.input_length)
+        if wanted > len(blocks) * _BLOCK:
+            raise ValueError(f"{len(blocks)} hash_ids cannot hold {wanted} tokens")
+        prompt = np.repeat(blocks, _BLOCK)[:wanted]
         at = row.timestamp / 1000 + random.uniform(0, _STAMP_S)
         found.append(Arrival(at, prompt, row.output_length))
     return found

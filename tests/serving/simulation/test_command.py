@@ -100,14 +100,35 @@ def test_traces_are_told_apart_scaled_and_cut(
         (("--trace", "{azure}", "--load", "fast"), "--load"),
         (("--trace", "{azure}", "--max-model-len", "5"), "--max-model-len"),
         (("--trace", "{azure}", "--requests", "1", "--load", "1"), "no duration"),
+        (("--trace", "{azure}", "--requests", "-1"), "--requests must be at least 0"),
+        (("--trace", "{heading}"), "--trace"),
+        (("--trace", "{short}"), "--trace"),
+        (("--trace", "{wide}"), "--trace"),
+        (("--trace", "{few}"), "1 hash_ids cannot hold 600 tokens"),
+        (("--load", "chat:5:0", "--profile", "{flat}"), "two points of every curve"),
+        (("--load", "chat:5:0", "--num-kv-pages", "0"), "--num-kv-pages 0 of 16 tokens"),
+        (("--load", "chat:5:0", "--seed", "-1"), "--seed must be at least 0"),
+        (("--load", "chat:5:0", "--unknown-lengths", "--longest-answer", "0"), "--longest-answer"),
     ],
 )
 def test_bad_commands_are_one_sentence(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], part: str
 ) -> None:
-    (tmp_path / "azure").write_text(AZURE)
-    (tmp_path / "empty").write_text("")
-    names = {"azure": tmp_path / "azure", "empty": tmp_path / "empty"}
+    heading, first, *_ = AZURE.splitlines()
+    row = {"timestamp": 0, "input_length": 600, "output_length": 5}
+    curves = {"layer_s": [], "decode_key_s": 0, "prefill_pair_s": 0, "head_s": [[1, 0.1]]}
+    texts = {
+        "azure": AZURE,
+        "empty": "",
+        "heading": heading,
+        "short": f"{heading}\n{first.rpartition(',')[0]}\n",
+        "wide": json.dumps(row | {"hash_ids": [99_999_999_999, 1]}),
+        "few": json.dumps(row | {"hash_ids": [1]}),
+        "flat": json.dumps({"name": "x", "source": "y", "layers": 2} | curves),
+    }
+    names = {name: tmp_path / name for name in texts}
+    for name, text in texts.items():
+        names[name].write_text(text)
     code, out, err = simulate(capsys, *(argument.format(**names) for argument in arguments))
     assert code == 2
     assert out == ""
