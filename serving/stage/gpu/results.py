@@ -146,5 +146,6 @@ class ResultThread:
                 self._send(result)
         except Exception as error:
             traceback.print_exc()
-            self._failed(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            first = str(error).strip().partition("\n")[0]  # may be empty
+            self._failed(f"{type(error).__name__}: {first}")
             os._exit(1)
