@@ -51,6 +51,8 @@ _QUESTION: dict[Language, str] = {"en": "Question:", "zh": "问题："}
 _TERMS: dict[Language, str] = {"en": "Terms:", "zh": "术语："}
 _TERM_SEPARATOR: dict[Language, str] = {"en": "; ", "zh": "；"}
 _CUT = " …"
+#: A longer question (one with a listing in it, say) is only written once, in characters.
+_LONGEST_REPEATED = 400
 
 #: Marks that chat templates of the supported families read as the start or end of a message.
 _TEMPLATE_MARK = re.compile(
@@ -121,7 +123,7 @@ def build_prompt(
     Args:
         passages: best first.
         terms: words of the question with their names in the language of the passages; they
-            stand between passages and question, and only where there are passages.
+            stand before the passages, and only where there are passages.
         history: earlier messages of the dialogue, oldest first, without the question.
         count_tokens: length in tokens of a list of messages, as the engine would see them.
         context_tokens: what prompt and answer may take together.
@@ -206,17 +208,19 @@ class _Maker:
         return len(self._passages[passage].text)
 
     def _last(self, framed: bool, used: Sequence[int], cut: int | None) -> str:
+        asked = f"{_QUESTION[self._language]} {self._question}"
         if used:
-            shown = [self._shown(n, i, cut) for n, i in enumerate(used, start=1)]
-            parts = [_INTRODUCTION[self._language], *shown]
+            parts = [asked] if len(self._question) <= _LONGEST_REPEATED else []
             if self._terms:
                 names = _TERM_SEPARATOR[self._language].join(self._terms)
                 parts.append(f"{_TERMS[self._language]}{names}")
+            parts.append(_INTRODUCTION[self._language])
+            parts.extend(self._shown(n, i, cut) for n, i in enumerate(used, start=1))
         elif framed:
             parts = [_NOTHING[self._language]]
         else:
             return self._question
-        return "\n\n".join([*parts, f"{_QUESTION[self._language]} {self._question}"])
+        return "\n\n".join([*parts, asked])
 
     def _shown(self, number: int, place: int, cut: int | None) -> str:
         passage = self._passages[place]

@@ -60,17 +60,17 @@ def question_turn(
     chinese: bool,
     terms: Sequence[tuple[str, str]] = (),
 ) -> Turn:
-    """Return the last message: passages, English names of Chinese terms, the question."""
-    if passages:
-        parts = ["课程资料：" if chinese else "Course passages:"]
-        parts += [shown(n, p) for n, p in enumerate(passages, start=1)]
-    else:
-        parts = [NOTHING_ZH if chinese else NOTHING_EN]
-    if terms and passages:
+    """Return the last message: question, English names of Chinese terms, passages, question."""
+    asked = f"{'问题：' if chinese else 'Question:'} {question}"
+    if not passages:
+        return "user", f"{NOTHING_ZH if chinese else NOTHING_EN}\n\n{asked}"
+    parts = [asked]
+    if terms:
         names = "；".join(f"{chinese_name} = {name}" for chinese_name, name in terms)
         parts.append(f"术语：{names}")
-    parts.append(f"{'问题：' if chinese else 'Question:'} {question}")
-    return "user", "\n\n".join(parts)
+    parts.append("课程资料：" if chinese else "Course passages:")
+    parts += [shown(n, p) for n, p in enumerate(passages, start=1)]
+    return "user", "\n\n".join([*parts, asked])
 
 
 def answer_text(number: int, text: str, chinese: bool) -> str:
