@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from rag.cli import register
 from rag.engine_client import EngineError, running_engine
 from rag.prompt import Message
 
@@ -89,3 +92,27 @@ def test_an_engine_that_does_not_start_is_told(
         with running_engine(str(tmp_path / "nothing")):
             pass
     assert "nothing" in capfd.readouterr().err
+
+
+def test_the_command_ends_with_one_json_object(
+    stub: tuple[str, list[tuple[str, Any]]], tmp_path: Path
+) -> None:
+    app = typer.Typer()
+    register(app)
+    app.command("other")(lambda: None)
+    file = tmp_path / "transcripts.jsonl"
+    words = ["eval", "answers", "--engine", stub[0], "--embedder", "hashing", "--passages", "4"]
+    result = CliRunner().invoke(app, [*words, "--json", "--transcripts", str(file)])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert list(summary) == [
+        "n", "citation_accuracy", "first_passage_baseline", "key_phrase", "refusal",
+        "false_refusal",
+    ]  # fmt: skip
+    assert summary["n"] == 60
+    assert summary["citation_accuracy"] == summary["first_passage_baseline"] < 0.6
+    assert summary["refusal"] == summary["false_refusal"] == 0.0
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert len(rows) == 80
+    assert sum(row["answerable"] for row in rows) == 60
+    assert all(row["cited"] == [1] and row["messages"] for row in rows)

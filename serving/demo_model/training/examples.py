@@ -23,7 +23,8 @@ from serving.demo_model.training.tasks import KINDS, make_task
 
 #: How often the right passage is missing, so that the answer is a refusal.
 _MISSING = 0.2
-_COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 8)
+#: Passages of a prompt; a few long prompts, so that all positions are met.
+_COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 8) * 3 + (12, 16)
 _COURSES = (
     "编译原理", "操作系统", "计算机网络", "数据库系统", "软件工程", "数据结构", "机器学习导论",
     "Operating Systems", "Computer Networks", "Databases", "Software Engineering", "Algorithms",

@@ -97,7 +97,7 @@ def _segments(parts: list[list[str]], chinese: bool) -> str:
 
 
 def _recall(rng: Random, chinese: bool) -> Task:
-    count = rng.choice((1, 2, 3, 4, 4, 5, 6))
+    count = rng.choice((1, 2, 3, 4, 4, 5, 6, 10))
     each = rng.randint(2, 8)
     keys = _distinct(lambda: _key(rng, chinese), count * each)
     pairs = [(key, _value(rng)) for key in keys]
