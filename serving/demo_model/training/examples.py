@@ -16,9 +16,14 @@ from serving.demo_model.training.corpus import (
     make_passage,
 )
 from serving.demo_model.training.dialogue import talk
-from serving.demo_model.training.lexicon import HAN, Lexicon
+from serving.demo_model.training.lexicon import HAN, Lexicon, common_characters
 from serving.demo_model.training.prompts import Turn
-from serving.demo_model.training.questions import ask_across, ask_chinese, ask_english
+from serving.demo_model.training.questions import (
+    ask_about,
+    ask_across,
+    ask_chinese,
+    ask_english,
+)
 from serving.demo_model.training.tasks import KINDS, make_task
 
 #: How often the right passage is missing, so that the answer is a refusal.
@@ -60,12 +65,15 @@ class Maker:
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
         self.search = Search(corpus.passages)
         self._lectures = lectures()
+        self._characters = common_characters()
+        self._words = sorted(self.search.weight)
         self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
             (0.28, self._documentation),
             (0.14, self._documentation_in_chinese),
-            (0.22, self._facts),
+            (0.19, self._facts),
             (0.10, self._messages if corpus.runs else self._facts),
-            (0.06, self._lecture),
+            (0.05, self._lecture),
+            (0.04, self._random_words),
             (0.13, self._task),
             (0.03, self._talk),
             (0.04, self._dictionary),
@@ -199,6 +207,38 @@ class Maker:
         if rng.random() < 0.3:
             wrong.append(frames.passage(rng, self.lexicon, True)[0])
         return self._put(rng, _Asked(question, chinese, target, target.window(number), wrong))
+
+    # Random words: nothing but their identity tells which passage is meant. Every token of the
+    # vocabulary is looked for in this way, also those that other texts hardly use.
+
+    def _random_words(self, rng: Random) -> Example:
+        chinese = rng.random() < 0.6
+
+        def word() -> str:
+            if rng.random() < 0.4:
+                return rng.choice(rng.choice(self.lexicon.terms)[0 if chinese else 1])
+            if chinese:
+                return "".join(rng.choices(self._characters, k=2))
+            return rng.choice(self._words)
+
+        def passage() -> tuple[Passage, list[list[str]]]:
+            rows = [[word() for _ in range(rng.randint(3, 9))] for _ in range(rng.randint(1, 4))]
+            if chinese:
+                body = "".join("".join(row) + "。" for row in rows)
+            else:
+                body = " ".join(" ".join(row).capitalize() + "." for row in rows)
+            title = word()
+            return make_passage("", title, title, [body]), rows
+
+        target, rows = passage()
+        while len(target.spans) != len(rows):  # a word that ends a sentence was among them
+            target, rows = passage()
+        place = rng.randrange(len(rows))
+        words = rng.sample(rows[place], min(len(rows[place]), rng.randint(2, 4)))
+        question = ask_about(words, rng, chinese)
+        wrong = [passage()[0] for _ in range(8)]
+        asked = _Asked(question, chinese, target, target.window(place, 2), wrong)
+        return self._put(rng, asked)
 
     # Messages of programs with their translations: short Chinese sentences.
 

@@ -34,6 +34,13 @@ _ENDINGS = (
 )  # fmt: skip
 
 
+def common_characters() -> list[str]:
+    """Return the 3,755 characters of GB 2312's first level."""
+    codes = (bytes([row, cell]) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
+    decoded = (code.decode("gb2312", errors="ignore") for code in codes)
+    return [character for character in decoded if character]
+
+
 def read_rows(file: Path) -> list[tuple[list[str], list[str]]]:
     """Return (Chinese variants, English variants) of each row of a table like the glossary."""
     rows = []

@@ -145,6 +145,17 @@ def ask_chinese(sentence: str, rng: Random, lexicon: Lexicon, swap: float) -> st
     return rng.choice(_STORY_ZH).format(x=_spaced(words)[:60])
 
 
+def ask_about(words: Sequence[str], rng: Random, chinese: bool) -> str:
+    """Return a question that names just these words."""
+    if chinese:
+        x = words[0]
+        for word in words[1:]:
+            x += rng.choice(_GLUE_ZH) + word
+        return rng.choice(_ABOUT_ZH).format(x=x)
+    question = rng.choice(_ABOUT_EN).format(x=" ".join(words))
+    return question[0].upper() + question[1:]
+
+
 def _pieces(sentence: str, rng: Random, lexicon: Lexicon) -> list[str]:
     """Known words, names in Latin letters, and runs of characters between function words."""
     found: list[str] = []

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from serving.demo_model.training.corpus import Corpus, lectures
 from serving.demo_model.training.examples import Maker
+from serving.demo_model.training.lexicon import common_characters
 from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END, TURN_START
 
 VOCABULARY = 12_032
@@ -40,13 +41,6 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
-
-
-def common_characters() -> list[str]:
-    """Return the 3,755 characters of GB 2312's first level."""
-    codes = (bytes([row, cell]) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
-    decoded = (code.decode("gb2312", errors="ignore") for code in codes)
-    return [character for character in decoded if character]
 
 
 def _texts(corpus: Corpus, examples: int, seed: int) -> Iterator[str]:
