@@ -39,13 +39,13 @@ async def run_load(
 
 
 def stage_shares(before: list[StageSeconds], after: list[StageSeconds]) -> list[dict[str, float]]:
-    """Per cent of each stage's time between two reports that went to work and to waits."""
+    """Per cent of each stage's time between two reports that went to work and to waits; of a stage
+    that has not reported in between, zeros."""
     shares = []
     for was, now in zip(before, after, strict=False):
         spent = {kind: getattr(now, kind) - getattr(was, kind) for kind in _KINDS}
-        total = sum(spent.values())
-        if total > 0:
-            shares.append({kind: round(100 * part / total, 1) for kind, part in spent.items()})
+        total = sum(spent.values()) or 1.0
+        shares.append({kind: round(100 * part / total, 1) for kind, part in spent.items()})
     return shares
 
 

@@ -54,10 +54,12 @@ def test_workload_and_shapes_are_unchanged() -> None:
 
 
 def test_shares_of_a_stage_are_those_of_the_load_alone() -> None:
-    before = [StageSeconds(busy=5.0, idle=100.0), StageSeconds()]
-    after = [StageSeconds(busy=14.0, wait_input=0.5, wait_link=0.25, idle=100.25), StageSeconds()]
+    before = [StageSeconds(), StageSeconds(busy=5.0, idle=100.0)]
+    after = [StageSeconds(), StageSeconds(busy=14.0, wait_input=0.5, wait_link=0.25, idle=100.25)]
+    # A stage without news keeps its place, so that the others keep theirs.
     assert stage_shares(before, after) == [
-        {"busy": 90.0, "wait_input": 5.0, "wait_link": 2.5, "idle": 2.5}
+        {"busy": 0.0, "wait_input": 0.0, "wait_link": 0.0, "idle": 0.0},
+        {"busy": 90.0, "wait_input": 5.0, "wait_link": 2.5, "idle": 2.5},
     ]
     assert stage_shares([], after) == []
 
