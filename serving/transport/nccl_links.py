@@ -8,6 +8,7 @@ NCCL_NVLS_ENABLE, from the environment; none is changed here.
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ dist: Any = torch.distributed
 
 _BUFFERS = 2
 _CHECKED_ROWS = 16
+_CHECK_SECONDS = 60.0
 _CLOSE_SECONDS = 1.0
 
 
@@ -176,6 +178,12 @@ class NcclTransport(StreamTransport):
         return len(edge.buffer(0, 1 << 30))
 
     def _compare(self, found: Tensor, expected: Tensor, source: int, target: int) -> None:
+        # The host would wait for ever for what never comes.
+        if not _finished_within([self._compute], _CHECK_SECONDS):
+            raise EngineDeadError(
+                f"The link from stage {source} to stage {target} by {self.name} carried nothing "
+                f"within {_CHECK_SECONDS:.0f} s; set NCCL_DEBUG=WARN to see what it says."
+            )
         if not torch.equal(found.cpu(), expected):
             raise EngineDeadError(
                 f"The link from stage {source} to stage {target} by {self.name} carried wrong "
@@ -183,10 +191,23 @@ class NcclTransport(StreamTransport):
             )
 
     def close(self) -> None:
-        from serving.transport.cuda import CudaDriver
+        _finished_within([edge.stream for edge in self._edges], _CLOSE_SECONDS)
 
-        streams = [edge.stream.cuda_stream for edge in self._edges]
-        CudaDriver(self._compute.device).finished_within(streams, _CLOSE_SECONDS)
+
+def _finished_within(streams: list[torch.cuda.Stream], seconds: float) -> bool:
+    """Whether all that was launched on these streams ended in time. A transfer may wait for ever,
+    so another thread waits for it, left behind if need be."""
+    done = threading.Event()
+
+    def wait() -> None:
+        try:
+            for stream in streams:
+                stream.synchronize()
+        finally:  # a failure of the device shows again where its results are used
+            done.set()
+
+    threading.Thread(target=wait, daemon=True, name="streams").start()
+    return done.wait(seconds)
 
 
 def _event() -> torch.cuda.Event:

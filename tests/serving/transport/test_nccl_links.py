@@ -24,7 +24,10 @@ WIDTH, MOST, ROWS, STEPS = 3, 8, 5, 30
 
 
 class _Stream:
-    """Work runs when it is launched; counts what is made to wait."""
+    """Work runs when it is launched; counts what is made to wait. It is not through while `stuck`
+    is set."""
+
+    stuck: threading.Event | None = None
 
     def __init__(self, device: object = None) -> None:
         self.device = torch.device("cpu")
@@ -32,6 +35,10 @@ class _Stream:
 
     def wait_event(self, event: object) -> None:
         self.waits += 1
+
+    def synchronize(self) -> None:
+        if self.stuck is not None:
+            self.stuck.wait(30)
 
 
 class _Event:
@@ -145,3 +152,25 @@ def test_the_check_at_the_start_names_the_link(
     monkeypatch.setattr(_Links, "send", lose)
     with pytest.raises(EngineDeadError, match="from stage 0 to stage 1 by NCCL carried wrong"):
         _run(2, tmp_path, lambda stage, links: links.warm_up() if stage else links.send(0, 8))
+
+
+def test_a_link_that_carries_nothing_is_named_and_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl_links, "_CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(nccl_links, "_CLOSE_SECONDS", 0.05)
+    stuck = threading.Event()
+    monkeypatch.setattr(_Stream, "stuck", stuck)
+
+    def work(stage: int, links: NcclTransport) -> None:
+        try:
+            if stage:
+                links.warm_up()
+            else:
+                links.send(0, MOST)
+        finally:
+            links.close()
+
+    with pytest.raises(EngineDeadError, match="from stage 0 to stage 1 by NCCL carried nothing"):
+        _run(2, tmp_path, work)
+    stuck.set()
