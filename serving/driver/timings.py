@@ -84,7 +84,8 @@ class StepTimings:
 
     def save(self, model: str, devices: list[str], dtype: str) -> None:
         """Keep what was learnt. A device of several stages is written by the one that saw most;
-        the head's part comes from the last stage. A disk that cannot be written costs only this.
+        the head's part comes from the last stage, or stays as it was where that one is elsewhere.
+        A disk that cannot be written costs only this.
         """
         for device in dict.fromkeys(devices):
             stages = [
@@ -94,6 +95,10 @@ class StepTimings:
             ]
             if not stages:
                 continue
+            path = _path(model, device, dtype)
+            head = stages[-1].coefficients[NUM_LAYER:].tolist()
+            if not stages[-1].has_head and (before := _read(path)) is not None:
+                head = before.head
             best = max(stages, key=lambda predictor: (not predictor.has_head, predictor.seen))
             kept = _Kept(
                 version=_VERSION,
@@ -101,9 +106,9 @@ class StepTimings:
                 device=device,
                 dtype=dtype,
                 layer=best.coefficients[:NUM_LAYER].tolist(),
-                head=stages[-1].coefficients[NUM_LAYER:].tolist(),
+                head=head,
             )
-            _write(_path(model, device, dtype), kept)
+            _write(path, kept)
 
 
 def _path(model: str, device: str, dtype: str) -> Path:

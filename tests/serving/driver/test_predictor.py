@@ -256,6 +256,23 @@ def test_what_was_learnt_is_there_in_the_next_run(
     assert not timings().load("m/7b", ["b chip", "b chip"], "bfloat16")
 
 
+def test_a_device_without_the_head_keeps_what_it_knew_of_one(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LECTERN_HOME", str(tmp_path))
+    alone = timings(1)
+    teach(alone, 1000)
+    alone.save("m", ["a"], "t")
+    two = timings()
+    teach(two, 1000)
+    two.save("m", ["a", "b"], "t")
+    again = timings(1)
+    assert again.load("m", ["a"], "t")
+    step = StepFeatures(0, 0.0, 200, 100_000, 200)
+    (predictor,) = again.predictors
+    assert predictor.head_seconds(step) == alone.predictors[0].head_seconds(step) > 0
+
+
 @pytest.mark.parametrize(
     "content",
     [
