@@ -55,8 +55,8 @@ Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or 
 Devices = Annotated[
     str,
     typer.Option(
-        help="One torch device a stage, such as cuda:0,cuda:1; stages may share one. Default: as "
-        "--device says.",
+        help="One torch device a rank, those of stage 0 first, such as cuda:0,cuda:1; stages may "
+        "share one. Default: as --device says.",
         show_default=False,
     ),
 ]

@@ -83,7 +83,8 @@ def bench(
     devices: Annotated[
         str,
         typer.Option(
-            help="One torch device a stage, such as cuda:0,cuda:1; stages may share one.",
+            help="One torch device a rank, those of stage 0 first, such as cuda:0,cuda:1; stages "
+            "may share one.",
             show_default=False,
         ),
     ] = "",
