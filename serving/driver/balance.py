@@ -44,7 +44,10 @@ def stage_costs(
     return [
         StageCost(
             layer=float(np.dot(layer, predictor.coefficients[:NUM_LAYER])),
-            fixed=float(np.dot(head, predictor.coefficients[NUM_LAYER:])),
+            # What was learnt in earlier runs holds a head's coefficients, whoever owns it now.
+            fixed=float(np.dot(head, predictor.coefficients[NUM_LAYER:]))
+            if predictor.has_head
+            else 0.0,
         )
         for predictor in predictors
     ]

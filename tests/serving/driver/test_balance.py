@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from serving.driver.balance import (
     slowest,
     stage_costs,
 )
-from serving.driver.predictor import StagePredictor, StepFeatures
+from serving.driver.predictor import NUM_HEAD, NUM_LAYER, StagePredictor, StepFeatures
 
 
 def costs(*layer: float, head: float = 0.0) -> list[StageCost]:
@@ -83,6 +84,15 @@ def test_costs_are_the_means_of_the_window() -> None:
     for cost, predictor in ((first, predictors[0]), (last, predictors[1])):
         mean = sum(predictor.predict(step) for step in window) / len(window)
         assert 4 * cost.layer + cost.fixed == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_head_that_was_learnt_in_an_earlier_run_costs_the_last_stage_alone() -> None:
+    predictors = [StagePredictor(4, has_head=False), StagePredictor(4, has_head=True)]
+    for predictor in predictors:
+        predictor.start_from(np.full(NUM_LAYER + NUM_HEAD, 1e-4))
+    first, last = stage_costs(predictors, [StepFeatures(0, 0.0, 32, 4000, 32)])
+    assert first.layer == last.layer > 0
+    assert first.fixed == 0 < last.fixed
 
 
 def test_layers_that_change_their_stage_are_counted_once() -> None:
