@@ -155,7 +155,7 @@ def serve(
     cuda_graphs: CudaGraphs = True,
     attention: Attention = "auto",
     schedule_policy: Policy = "auto",
-    prefill_spread: PrefillSpread = 20,
+    prefill_spread: PrefillSpread = 12,
     prefill_floor: PrefillFloor = 128,
     max_num_batched_rows: MaxRows = 0,
     page_size: PageSize = 16,

@@ -110,7 +110,7 @@ def bench(
     ] = "auto",
     prefill_spread: Annotated[
         int, typer.Option(help="For throttle: micro-batches for 2,048 waiting prompt tokens.")
-    ] = 20,
+    ] = 12,
     prefill_floor: Annotated[
         int, typer.Option(help="For throttle: tokens that a micro-batch may always have.")
     ] = 128,

@@ -51,7 +51,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     cache_eviction: Literal["lru", "fifo"] = "lru"
     order: Literal["fcfs"] = "fcfs"
     schedule_policy: Literal["auto", "throttle", "classic", "steady"] = "auto"
-    prefill_spread: int = 20
+    prefill_spread: int = 12
     prefill_floor: int = 128
     max_num_batched_rows: int | None = None
     served_model_name: str | None = None
