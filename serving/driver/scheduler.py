@@ -152,7 +152,8 @@ class Scheduler:
             # Pages ran out for every row that was chosen. Of all running sequences the oldest can
             # always go on: it may take the pages of all others.
             ready = self.slots.ready_to_decode(self.slots.needs_decode())
-            decodes = self._take_decodes(ready, len(ready), draft)[: budget.decode_rows]
+            most = min(budget.decode_rows, self.max_rows)
+            decodes = self._take_decodes(ready, len(ready), draft)[:most]
             if not len(decodes):
                 allowance = budget.prefill_tokens + budget.decode_rows
                 prefills, lengths = self._take_prefills(allowance, self.max_rows, draft, now)
