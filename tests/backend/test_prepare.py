@@ -170,7 +170,7 @@ def test_worker_command_stops_on_sigterm(prepared: Path) -> None:
     wait_for(begun, 60)
     database.close()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=180)  # it ends the piece of work it is at, on a busy machine too
     assert process.returncode == 0
 
 
