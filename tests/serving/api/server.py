@@ -42,6 +42,7 @@ class Server:
         self._listening.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._tokenizer = tokenizer
+        self._listening.listen()  # who comes before the server is up waits for it
         self._vocab_size = vocab_size
         self._options = engine
         self._ready = threading.Event()
