@@ -17,10 +17,9 @@ from typing import Any, Protocol
 from rag.citations import find
 from rag.documents import Document
 from rag.embedding import Embedder, Progress
-from rag.evaluation import EvaluationError, Question, contains, squeezed
+from rag.evaluation import EvaluationError, Indexed, Question, contains
 from rag.glossary import Glossary
-from rag.index import CourseIndex, build
-from rag.passages import PassageDraft, estimate_tokens, pack
+from rag.passages import estimate_tokens
 from rag.prompt import CountTokens, Language, Message, PromptPassage, build_prompt
 from rag.tokens import has_cjk
 
@@ -190,15 +189,8 @@ def make_cases(
     Passages are shuffled by `seed`; None leaves them best first.
     """
     glossary = glossary or Glossary.load()
-    drafts: list[tuple[int, PassageDraft, str]] = []
-    paths: list[str] = []
-    for path, document in documents.items():
-        for draft in pack(document):
-            drafts.append((len(drafts), draft, document.title))
-            paths.append(path)
-    build(scratch, drafts, embedder, glossary, on_embed)
-    index = CourseIndex.open(scratch, embedder, glossary)
-    texts = [squeezed(draft.text) for _, draft, _ in drafts]
+    indexed = Indexed.build(documents, embedder, scratch, glossary, on_embed)
+    index, paths, texts = indexed.index, indexed.paths, indexed.texts
     cases = []
     for number, question in enumerate(asked):
         found = [hit.passage_id for hit in index.search(question.text, passages)]
@@ -206,7 +198,7 @@ def make_cases(
             Random(f"{seed}-{number}").shuffle(found)
         shown = [
             PromptPassage(d.text, title, tuple(d.heading_path), d.page)
-            for _, d, title in (drafts[place] for place in found)
+            for d, title in (indexed.drafts[place] for place in found)
         ]
         language: Language = "zh" if has_cjk(question.text) else "en"
         prompt = build_prompt(

@@ -188,6 +188,43 @@ def check_questions(
             warn(f"line {question.line}: its anchor is not in the text of its file; a miss")
 
 
+@dataclass(frozen=True)
+class Indexed:
+    """Documents as passages in an index; a passage's id is its place in the lists."""
+
+    index: CourseIndex
+    drafts: list[tuple[PassageDraft, str]]
+    """Each passage and the title of its document."""
+    paths: list[str]
+    """The path of each passage's document."""
+    texts: list[str]
+    """Each passage's text, squeezed."""
+
+    @classmethod
+    def build(
+        cls,
+        documents: dict[str, Document],
+        embedder: Embedder,
+        scratch: Path,
+        glossary: Glossary,
+        on_embed: Progress | None,
+    ) -> Indexed:
+        """Index the documents in `scratch`."""
+        found = [
+            (path, draft, document.title)
+            for path, document in documents.items()
+            for draft in pack(document)
+        ]
+        numbered = [(number, draft, title) for number, (_, draft, title) in enumerate(found)]
+        build(scratch, numbered, embedder, glossary, on_embed)
+        return cls(
+            index=CourseIndex.open(scratch, embedder, glossary),
+            drafts=[(draft, title) for _, draft, title in found],
+            paths=[path for path, _, _ in found],
+            texts=[squeezed(draft.text) for _, draft, _ in found],
+        )
+
+
 def evaluate(
     folder: Path,
     questions: Sequence[Question],
@@ -200,17 +237,9 @@ def evaluate(
     on_question: Progress | None = None,
 ) -> Report:
     """Index the documents in `scratch` and ask every question of hybrid, BM25 and dense search."""
-    glossary = glossary or Glossary.load()
-    passages: list[tuple[int, PassageDraft, str]] = []
-    paths: list[str] = []
-    for path, document in documents.items():
-        for draft in pack(document):
-            passages.append((len(passages), draft, document.title))
-            paths.append(path)
-    build(scratch, passages, embedder, glossary, on_embed)
-    index = CourseIndex.open(scratch, embedder, glossary)
-    texts = [squeezed(draft.text) for _, draft, _ in passages]
-    report = Report(passages=len(passages), documents=len(documents))
+    indexed = Indexed.build(documents, embedder, scratch, glossary or Glossary.load(), on_embed)
+    index, paths, texts = indexed.index, indexed.paths, indexed.texts
+    report = Report(passages=len(texts), documents=len(documents))
     index.search(questions[0].text, 1)  # the model loads before the clock starts
     if on_question is not None:
         on_question(0, len(questions))

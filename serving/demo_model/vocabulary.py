@@ -120,4 +120,4 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "clean_up_tokenization_spaces": False,
     }
     text = json.dumps(config, indent=1, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n")
+    (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")

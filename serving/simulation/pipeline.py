@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -221,10 +222,10 @@ def _layout(profile: Profile, config: EngineConfig) -> Layout:
     return Layout.even(profile.layers, stages) if counts is None else Layout.of_counts(counts)
 
 
-def simulated_config(stages: int, **settings: object) -> EngineConfig:
+def simulated_config(stages: int, **settings: Any) -> EngineConfig:
     """Settings of an engine that has no model."""
     return EngineConfig(
         model=Path("simulated"),
         pipeline_parallel_size=stages,
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )

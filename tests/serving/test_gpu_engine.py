@@ -10,7 +10,7 @@ import torch
 
 from serving import LLM, SamplingParams
 from tests.serving.processes import eventually
-from tests.serving.tiny import FAMILIES, load_reference, make_checkpoint
+from tests.serving.tiny import FAMILIES, greedy_answers, make_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -29,17 +29,6 @@ def _prompts() -> list[list[int]]:
     lengths = (1, 15, 16, 17, 33, 90, 200)
     fresh = [[source.randrange(250) for _ in range(n)] for n in lengths]
     return [*fresh, shared, [*shared, 7], [*shared[:32], 9, 9]]
-
-
-def _expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    model = load_reference(folder)
-    answers = []
-    for prompt in prompts:
-        found = model.generate(
-            torch.tensor([prompt]), max_new_tokens=OUT, do_sample=False, pad_token_id=0
-        )
-        answers.append(found[0, len(prompt) :].tolist())
-    return answers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +51,7 @@ def test_greedy_equals_transformers(
         assert eventually(lambda: llm.engine.stats.pages_used == 0)
     answers = [output.outputs[0].token_ids for output in outputs]
     # The reference stops at its end token, which our sequences ignore.
-    for answer, expected in zip(answers, _expected(folder, prompts), strict=True):
+    for answer, expected in zip(answers, greedy_answers(folder, prompts, OUT), strict=True):
         assert answer[: len(expected)] == expected
     assert [output.outputs[0].token_ids for output in again] == answers[:2]
 

@@ -15,7 +15,7 @@ import torch
 from serving import LLM, SamplingParams
 from serving.errors import ConfigError, EngineDeadError
 from tests.serving.processes import children_of, eventually, gone
-from tests.serving.tiny import FAMILIES, load_reference, make_checkpoint
+from tests.serving.tiny import FAMILIES, greedy_answers, make_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -59,16 +59,6 @@ def _answers(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [list(tokens) for tokens in found]
 
 
-def _expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    model = load_reference(folder)
-    return [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=OUT, do_sample=False, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("place", ["own", "shared"])
 @pytest.mark.parametrize(
     ("stages", "graphs", "chunk", "pages"),
@@ -93,7 +83,7 @@ def test_greedy_equals_one_gpu_and_transformers(
         with _engine(folder, device="cuda", **settings) as llm:
             assert answers == _answers(llm, prompts)
         # The reference stops at its end token, which our sequences ignore.
-        for answer, expected in zip(answers, _expected(folder, prompts), strict=True):
+        for answer, expected in zip(answers, greedy_answers(folder, prompts, OUT), strict=True):
             assert answer[: len(expected)] == expected
 
 

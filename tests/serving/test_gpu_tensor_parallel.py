@@ -13,7 +13,7 @@ import torch
 from serving import LLM, SamplingParams
 from serving.errors import EngineDeadError
 from tests.serving.processes import children_of, eventually, gone
-from tests.serving.tiny import load_reference, make_checkpoint
+from tests.serving.tiny import greedy_answers, make_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -39,22 +39,6 @@ def _prompts() -> list[list[int]]:
     shared = [source.randrange(250) for _ in range(50)]
     fresh = [[source.randrange(250) for _ in range(n)] for n in (1, 15, 16, 17, 33, 90, 200)]
     return [*fresh, shared, [*shared, 7], [*shared[:32], 9, 9]]
-
-
-def _expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    model = load_reference(folder)
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=OUT,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        answers.append(found[0, len(prompt) :].tolist())
-    return answers
 
 
 def _check(
@@ -96,7 +80,7 @@ def _check(
             ]
         assert eventually(lambda: llm.engine.stats.pages_used == 0)
     # The reference stops at its end token, which our sequences ignore.
-    for answer, expected in zip(answers, _expected(folder, prompts), strict=True):
+    for answer, expected in zip(answers, greedy_answers(folder, prompts, OUT), strict=True):
         assert answer[: len(expected)] == expected
     if also_alone:
         with LLM(folder, **(usual | settings)) as llm:

@@ -16,7 +16,7 @@ from serving.config.engine import EngineConfig
 from serving.engine import Engine
 from serving.errors import ConfigError, EngineDeadError
 from tests.serving.processes import children_of, eventually, gone
-from tests.serving.tiny import load_reference, make_checkpoint
+from tests.serving.tiny import greedy_answers, make_checkpoint
 
 OUT = 16
 
@@ -65,28 +65,12 @@ def _prompts() -> list[list[int]]:
     return [*alone, [*shared, 5], [*shared[:33], 9, 9]]
 
 
-def _expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    model = load_reference(folder)
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=OUT,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        answers.append(found[0, len(prompt) :].tolist())
-    return answers
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_output_equals_transformers(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     folder = make_checkpoint(tmp_path / "model", case.family, **case.sizes)
     prompts = _prompts()
-    expected = _expected(folder, prompts)
+    expected = greedy_answers(folder, prompts, OUT)
     starved = "num_kv_pages" in case.settings
     usual = {"num_kv_pages": 64, "max_num_seqs": 8, "max_model_len": 96, "threads": 1}
     with LLM(

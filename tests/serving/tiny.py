@@ -7,6 +7,7 @@ token then tests the arithmetic and not the rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,23 @@ def make_checkpoint(
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The same checkpoint in transformers, for comparison."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def greedy_answers(folder: Path, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """What transformers answers in float32 with up to `count` tokens; it stops at its end token."""
+    model = load_reference(folder)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        answers.append(found[0, len(prompt) :].tolist())
+    return answers
 
 
 _CHAT_TEMPLATE = (

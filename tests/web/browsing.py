@@ -53,6 +53,15 @@ def settled(page: Page) -> None:
     expect(page.locator("[data-test-script-state=notRunning]")).to_be_attached()
 
 
+def still(page: Page) -> None:
+    """Wait until nothing moves: a click on a thing that moves away under it reaches nothing."""
+    page.evaluate(
+        """() => Promise.allSettled(document.getAnimations()
+            .filter((animation) => animation.effect.getComputedTiming().endTime !== Infinity)
+            .map((animation) => animation.finished))"""
+    )
+
+
 def go(page: Page, title: str) -> None:
     """Choose a page in the sidebar."""
     page.get_by_test_id("stSidebarNav").get_by_role("link", name=title).click()

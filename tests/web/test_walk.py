@@ -20,7 +20,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.programs import needs
-from tests.web.browsing import ask, chromium, go, new_context, session_token, settled
+from tests.web.browsing import ask, chromium, go, new_context, session_token, settled, still
 from tests.web.serving_pages import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +179,7 @@ def test_a_student_asks_in_both_languages_and_opens_a_passage(
     expect(found).to_have_count(2)
     settled(page)
     found.last.click()
+    still(page)
     page.locator("[class*=st-key-found-] button[kind=tertiary]:visible").last.click()
     dialog = page.get_by_role("dialog")
     expect(dialog.locator("mark")).to_be_in_viewport()

@@ -10,8 +10,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from serving.demo_model.training.lexicon import HAN, STOPWORDS, WORD, base_forms
 
@@ -146,12 +148,12 @@ class Corpus:
         self.synonyms = [group for group in groups if len(group) > 1]
 
 
-def _sections(row: dict[str, object]) -> list[Passage]:
+def _sections(row: dict[str, Any]) -> list[Passage]:
     """Cut a section into passages of 200 to 900 characters at its paragraphs."""
     made: list[Passage] = []
     kept: list[str] = []
-    paragraphs = [str(p) for p in row["b"]]  # type: ignore[attr-defined]
-    code = [str(c) for c in row["c"]]  # type: ignore[attr-defined]
+    paragraphs = [str(p) for p in row["b"]]
+    code = [str(c) for c in row["c"]]
     group, title, heading = str(row["p"]) + str(row["t"]), str(row["t"]), str(row["h"])
 
     def put() -> None:
@@ -242,15 +244,15 @@ class Search:
 
     def rank(self, words: Iterable[str], rng: Random, most: int) -> list[int]:
         """Return the passages with the greatest weight of shared words, best first."""
-        score: Counter[int] = Counter()
+        score: defaultdict[int, float] = defaultdict(float)
         for word in sorted(words):
             found = self._lists.get(word, [])
             weight = self.weight.get(word, 0.0)
             if len(found) > 400:
                 found = rng.sample(found, 400)
             for number in found:
-                score[number] += weight  # type: ignore[assignment]
-        return [number for number, _ in score.most_common(most)]
+                score[number] += weight
+        return nlargest(most, score, key=score.__getitem__)
 
     def overlap(self, words: Iterable[str], number: int) -> float:
         """Return the share of the question's weight that a passage has."""

@@ -9,11 +9,9 @@ other subjects is not cut into bytes. Digits stay single, so that numbers are co
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -21,6 +19,7 @@ from serving.demo_model.training.corpus import Corpus, lectures
 from serving.demo_model.training.examples import Maker
 from serving.demo_model.training.lexicon import common_characters
 from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END, TURN_START
+from serving.demo_model.vocabulary import write_tokenizer
 
 VOCABULARY = 12_032
 #: A character of GB 2312's first level counts this often, so that its bytes are joined first.
@@ -33,13 +32,6 @@ _SPLIT = (
     r"[^\S\n]?[A-Za-z]+"
     rf"|[{_GRAMMAR}]|[\u3400-\u9fff&&[^{_GRAMMAR}]]+"
     r"|\d|[^\S\n]?[^\sA-Za-z\d\u3400-\u9fff]{1,4}|\n+|[^\S\n]+"
-)
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
 
@@ -84,22 +76,6 @@ def train(
     return tokenizer
 
 
-def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": CHAT_TEMPLATE,
-        "eos_token": TURN_END,
-        "pad_token": END_OF_TEXT,
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
-    text = json.dumps(config, indent=1, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tokenizer.")
     parser.add_argument("--corpus", type=Path)
@@ -108,7 +84,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     a = parser.parse_args()
     tokenizer = train(Corpus.load(a.corpus), vocabulary=a.vocabulary)
-    write(tokenizer, a.out, a.context)
+    a.out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(tokenizer, a.out, a.context)
     print(f"{a.out}: {tokenizer.get_vocab_size()} tokens")
 
 

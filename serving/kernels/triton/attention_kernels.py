@@ -121,6 +121,8 @@ def merge_kernel(
         total = total * shrink + tl.sum(weight, 0)
         summed = summed * shrink[:, None] + tl.sum(values * weight[:, :, None], 0)
         best = better
+    # Places beyond the last head have no weight.
+    total = tl.where(total > 0, total, 1.0)
     tl.store(
         out + sequence.to(tl.int64) * out_token + heads[:, None] * out_head + d[None, :],
         (summed / total[:, None]).to(out.dtype.element_ty), mask=inside,

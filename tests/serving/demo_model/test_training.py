@@ -29,8 +29,8 @@ from serving.demo_model.training.probe import Probe
 from serving.demo_model.training.stream import unpack
 from serving.demo_model.training.tasks import KINDS, exact_match, held_out, make_task
 from serving.demo_model.training.tokenizer import train as train_tokenizer
-from serving.demo_model.training.tokenizer import write as write_tokenizer
 from serving.demo_model.training.train import Trainer, arguments, rate_scale
+from serving.demo_model.vocabulary import write_tokenizer
 from serving.tokenizer import Tokenizer
 
 TOY = {
