@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from serving.config.service import Service
 from serving.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -126,8 +127,9 @@ class Request(msgspec.Struct, kw_only=True, frozen=True):
 
     `stream` is the number under which outputs return to the client's process, unique for the life
     of an engine. `cache_salt` starts the prefix-cache hash, so prompts share pages only inside one
-    salt. `max_tokens` is already resolved: never None, and prompt + max_tokens fits the context;
-    `params.seed` is never None either. `prompt` are token ids, int32, little-endian.
+    salt. `service` is what the order of service looks at. `max_tokens` is already resolved: never
+    None, and prompt + max_tokens fits the context; `params.seed` is never None either. `prompt` are
+    token ids, int32, little-endian.
     """
 
     stream: int
@@ -136,6 +138,7 @@ class Request(msgspec.Struct, kw_only=True, frozen=True):
     max_tokens: int
     choice: int = 0
     cache_salt: str = ""
+    service: Service = Service()
 
 
 class Sequence:

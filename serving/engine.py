@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from serving.config.engine import EngineConfig, encode_path
 from serving.config.model import ModelConfig
+from serving.config.service import Service
 from serving.config.shares import rank_config
 from serving.core import FinishReason, Layout, Request, SamplingParams, TokenLogprobs, TokenOutput
 from serving.errors import (
@@ -25,6 +26,7 @@ from serving.errors import (
     InvalidRequestError,
     LecternError,
     ModelError,
+    OverloadedError,
 )
 from serving.messages import (
     Abort,
@@ -33,6 +35,7 @@ from serving.messages import (
     Failed,
     Progress,
     Ready,
+    Refused,
     StepOutputs,
     Stop,
     Submit,
@@ -49,7 +52,16 @@ _MASK = (1 << 64) - 1
 class _Stream:
     """What arrived for one sequence and was not taken yet."""
 
-    __slots__ = ("admitted", "cached", "ended", "logprobs", "news", "stop_token", "tokens")
+    __slots__ = (
+        "admitted",
+        "cached",
+        "ended",
+        "logprobs",
+        "news",
+        "refused",
+        "stop_token",
+        "tokens",
+    )
 
     def __init__(self, wants_logprobs: bool) -> None:
         self.tokens: list[int] = []
@@ -58,6 +70,7 @@ class _Stream:
         self.stop_token: int | None = None
         self.cached = 0
         self.admitted = False
+        self.refused: Refused | None = None
         self.news = asyncio.Event()
 
     def take(self) -> TokenOutput:
@@ -129,17 +142,22 @@ class Engine:
         request_id: str | None = None,
         choice: int = 0,
         cache_salt: str = "",
+        service: Service | None = None,
     ) -> AsyncIterator[TokenOutput]:
         """Outputs of one sequence. Leaving the iterator early ends the work on it.
 
         The first output is empty and `queued`; the next one is empty too and says that the sequence
         was scheduled; tokens follow, several in one output when the caller is slower than the
         engine. The last one has a `finish_reason`. `choice` tells sequences of one request apart.
+        `service` says whose it is and how soon it is wanted; by default it is best effort.
 
-        Raises InvalidRequestError or ContextLengthError at once, EngineDeadError at any time.
+        Raises InvalidRequestError or ContextLengthError at once, OverloadedError before it is
+        scheduled, EngineDeadError at any time.
         """
         self._raise_if_dead()
         request = self._check(prompt_token_ids, params, choice, cache_salt)
+        if service is not None:
+            request = msgspec.structs.replace(request, service=service)
         return self._outputs(request)
 
     def _check(
@@ -195,10 +213,12 @@ class Engine:
                 await stream.news.wait()
                 if self.state == "dead" and stream.ended is None:
                     raise EngineDeadError(self.reason)
+                if stream.refused is not None:
+                    raise _overloaded(stream.refused)
                 yield stream.take()
         finally:
             self._streams.pop(request.stream, None)
-            if stream.ended is None and self.state != "dead":
+            if stream.ended is None and stream.refused is None and self.state != "dead":
                 self._send(Abort(request.stream))
 
     def _raise_if_dead(self) -> None:
@@ -333,6 +353,10 @@ class Engine:
                 stream.cached = admitted.cached_tokens
                 stream.admitted = True
                 stream.news.set()
+        for refused in message.refused:
+            if (stream := streams.get(refused.stream)) is not None:
+                stream.refused = refused
+                stream.news.set()
         numbers = np.frombuffer(message.streams, dtype="<i8").tolist()
         tokens = np.frombuffer(message.tokens, dtype="<i4").tolist()
         for number, token in zip(numbers, tokens, strict=True):
@@ -369,6 +393,14 @@ def _collect(driver: Child, seconds: float) -> None:
         driver.wait(seconds)
     driver.kill()
     driver.forget()
+
+
+def _overloaded(refused: Refused) -> OverloadedError:
+    return OverloadedError(
+        f"Too many requests are waiting: the first token would come after {refused.ttft:.0f} s; "
+        f"send the request again in {refused.retry_after:.0f} s.",
+        refused.retry_after,
+    )
 
 
 def _start_error(message: Failed) -> LecternError:

@@ -48,5 +48,14 @@ class ContextLengthError(InvalidRequestError):
         super().__init__(message, param, code="context_length_exceeded", status=400)
 
 
+class OverloadedError(LecternError):
+    """A request was refused before its first token: too many wait. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+
+
 class EngineDeadError(LecternError):
     """A process of the engine ended, so this request cannot be finished."""

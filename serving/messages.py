@@ -68,6 +68,16 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     stop_token_id: int | None = None
 
 
+class Refused(msgspec.Struct, frozen=True, array_like=True):
+    """The driver does not take the stream: its first token would come after `ttft` seconds, which
+    is `retry_after` seconds more than is allowed.
+    """
+
+    stream: int
+    ttft: float
+    retry_after: float
+
+
 class StepOutputs(msgspec.Struct, kw_only=True, frozen=True, tag="outputs"):
     """New tokens: tokens[i] (int32) belongs to streams[i] (int64).
 
@@ -78,6 +88,7 @@ class StepOutputs(msgspec.Struct, kw_only=True, frozen=True, tag="outputs"):
     streams: bytes = b""
     tokens: bytes = b""
     admitted: list[Admitted] = []
+    refused: list[Refused] = []
     ended: list[Ended] = []
     logprob_rows: bytes = b""
     logprobs: bytes = b""

@@ -11,6 +11,7 @@ import msgspec
 from serving.errors import ConfigError
 
 GIB = 1 << 30
+ORDERS = ("fcfs", "priority", "lpm", "sjf", "slo")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -25,6 +26,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `schedule_policy` auto is throttle for more than one stage and classic for one; `prefill_spread`
     and `prefill_floor` belong to throttle (`serving/driver/throttle.py`). A micro-batch has at most
     `max_num_batched_rows` decodes and prompts together; None: `max_num_seqs`.
+    `order` is the order of service of waiting prompts; the four that follow belong to slo
+    (`serving/driver/order/slo.py`). Requests whose first token is predicted to come after more than
+    `max_predicted_ttft` seconds are refused.
     `layer_layout` gives the number of layers of each stage. `devices` names one torch device a
     rank, those of stage 0 first. `threads` is the number of compute threads a rank; by default the
     cores are shared out. `step_timeout` seconds without a result of a running micro-batch mean that
@@ -49,7 +53,12 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
     cache_eviction: Literal["lru", "fifo"] = "lru"
-    order: Literal["fcfs"] = "fcfs"
+    order: Literal["fcfs", "priority", "lpm", "sjf", "slo"] = "fcfs"
+    order_window: int = 64
+    oldest_share: float = 0.1
+    oldest_age: float = 10.0
+    fairness_tokens: int = 16384
+    max_predicted_ttft: float | None = None
     schedule_policy: Literal["auto", "throttle", "classic", "steady"] = "auto"
     prefill_spread: int = 12
     prefill_floor: int = 128
@@ -71,7 +80,13 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         _check_choice(self.dtype, ("auto", "float32", "bfloat16", "float16"), "--dtype")
         _check_choice(self.load_format, ("auto", "dummy"), "--load-format")
         _check_choice(self.cache_eviction, ("lru", "fifo"), "--cache-eviction")
-        _check_choice(self.order, ("fcfs",), "--order")
+        _check_choice(self.order, ORDERS, "--order")
+        _check_int(self.order_window, 1, 1 << 20, "--order-window")
+        _check_float(self.oldest_share, 0.0, 1.0, "--oldest-share")
+        _check_float(self.oldest_age, 0.0, 1e6, "--oldest-age")
+        _check_int(self.fairness_tokens, 1, 1 << 40, "--fairness-tokens")
+        if self.max_predicted_ttft is not None:
+            _check_float(self.max_predicted_ttft, 1e-3, 1e6, "--max-predicted-ttft")
         _check_choice(self.attention, ("auto", "triton", "flashinfer"), "--attention")
         policies = ("auto", "throttle", "classic", "steady")
         _check_choice(self.schedule_policy, policies, "--schedule-policy")
@@ -142,6 +157,11 @@ def _check_int(value: int, low: int, high: int, flag: str) -> None:
         raise ConfigError(f"{flag} must be a whole number, not {value!r}.", flag)
     if not low <= value <= high:
         raise ConfigError(f"{flag} must be between {low} and {high}, not {value}.", flag)
+
+
+def _check_float(value: float, low: float, high: float, flag: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{flag} must be a number from {low} to {high}, not {value!r}.", flag)
 
 
 def _check_choice(value: str, choices: tuple[str, ...], flag: str) -> None:
