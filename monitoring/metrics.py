@@ -85,6 +85,9 @@ class EngineMetrics:
         self._finished = counter(
             "requests_finished_total", "Sequences that ended, by reason.", ("finish_reason",)
         )
+        self._refused = counter(
+            "requests_refused_total", "Requests refused on arrival because too many wait."
+        )
         self._restarts = counter("restarts_total", "Restarts of the stage group after a death.")
         self._ttft = histogram(
             "time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
@@ -125,6 +128,7 @@ class EngineMetrics:
             self._prompt_tokens,
             self._cached_tokens,
             self._preemptions,
+            self._refused,
             self._restarts,
             self._microbatches,
         ):
@@ -148,6 +152,9 @@ class EngineMetrics:
 
     def count_generation(self, tokens: int) -> None:
         self._generated.inc(tokens)
+
+    def count_refusal(self) -> None:
+        self._refused.labels(**self._model).inc()
 
     def count_restart(self) -> None:
         """The stage group was started again: the driver's totals begin at zero."""

@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from serving.api.classes import DEFAULT_TPOT, DEFAULT_TTFT, service_classes
+from serving.config.engine import EngineConfig
 from serving.errors import ConfigError, LecternError
 
+_DEFAULTS = EngineConfig(model=Path())
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 ModelArgument = Annotated[
@@ -115,6 +118,70 @@ Seed = Annotated[
 Threads = Annotated[
     int, typer.Option(help="Compute threads of each rank; 0: the cores are shared out.")
 ]
+Order = Annotated[
+    str,
+    typer.Option(
+        help="Which waiting prompt is served next. fcfs: by arrival; priority: by the header "
+        "X-Lectern-Priority, smaller first; lpm: the longest prefix in the cache first; sjf: the "
+        "shortest predicted prefill first; slo: fair between tenants, so that as many requests as "
+        "possible meet their targets."
+    ),
+]
+OrderWindow = Annotated[
+    int,
+    typer.Option(
+        help="For slo: so many of the oldest waiting prompts are put in order, and half of those "
+        "beyond; the rest stay by arrival."
+    ),
+]
+OldestShare = Annotated[
+    float,
+    typer.Option(
+        help="For slo: share of the prompt tokens that the oldest waiting prompt gets once it is "
+        "older than --oldest-age."
+    ),
+]
+OldestAge = Annotated[
+    float, typer.Option(help="For slo: age in seconds from which --oldest-share counts.")
+]
+FairnessTokens = Annotated[
+    int,
+    typer.Option(
+        help="For slo: tokens by which a tenant may be ahead of another that waits; a token of an "
+        "answer counts as two of a prompt."
+    ),
+]
+MaxPredictedTtft = Annotated[
+    float,
+    typer.Option(
+        help="Refuse a request with 429 when its first token is predicted to take longer than so "
+        "many seconds; 0: never refuse."
+    ),
+]
+SloTtft = Annotated[
+    str,
+    typer.Option(
+        help="Target of the time to the first token for requests that name no class: seconds such "
+        "as 2; 2+0.001*tokens adds some for each prompt token; max(2,5*own) is 2, or 5 times the "
+        "predicted time of its own uncached prefill if that is longer; none: best effort."
+    ),
+]
+SloTpot = Annotated[
+    str,
+    typer.Option(
+        help="Target for each token after the first of requests that name no class, in seconds; "
+        "none: best effort."
+    ),
+]
+SloClass = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=TTFT,TPOT",
+        help="Targets of requests that name this class in the header X-Lectern-Class; may be "
+        "given several times. Built in: interactive=0.5+0.0005*tokens,0.05 and batch=none,none.",
+        show_default=False,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -166,6 +233,15 @@ def serve(
             help="Keep the KV of prompts for requests that begin alike.",
         ),
     ] = True,
+    order: Order = _DEFAULTS.order,
+    order_window: OrderWindow = _DEFAULTS.order_window,
+    oldest_share: OldestShare = _DEFAULTS.oldest_share,
+    oldest_age: OldestAge = _DEFAULTS.oldest_age,
+    fairness_tokens: FairnessTokens = _DEFAULTS.fairness_tokens,
+    max_predicted_ttft: MaxPredictedTtft = _DEFAULTS.max_predicted_ttft or 0,
+    slo_ttft: SloTtft = DEFAULT_TTFT,
+    slo_tpot: SloTpot = DEFAULT_TPOT,
+    slo_class: SloClass = None,
     threads: Threads = 0,
     seed: Seed = 0,
 ) -> None:
@@ -203,11 +279,18 @@ def serve(
             max_num_batched_rows=max_num_batched_rows or None,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
+            order=order,
+            order_window=order_window,
+            oldest_share=oldest_share,
+            oldest_age=oldest_age,
+            fairness_tokens=fairness_tokens,
+            max_predicted_ttft=max_predicted_ttft or None,
             threads=threads or None,
             seed=seed,
         )
+        classes = service_classes(slo_ttft, slo_tpot, slo_class or ())
         ModelConfig.from_folder(folder)
-        run(config, listening)
+        run(config, listening, classes)
     except LecternError as error:
         fail(error)
 

@@ -19,6 +19,7 @@ from serving.api.fields import ignored_header
 from serving.api.generation import Generation, Ping
 from serving.api.logs import log
 from serving.api.service import ModelService
+from serving.api.service_headers import read_wanted
 from serving.api.stream import EventStream, first_of, until_gone
 
 _PING = b": ping\n\n"
@@ -30,10 +31,11 @@ async def answer(
 ) -> Response:
     """Generate, and answer whole or as a stream.
 
-    A stream's status is sent with its first event, so that an error before any token has its own
-    status; a long wait in the queue sends a ping first.
+    A stream's status is sent with its first event, so that an error before any token, such as that
+    of an overloaded engine, has its own status; a long wait in the queue sends a ping first.
     """
-    generation = Generation(service, unique_id, dialect.plan)
+    wanted = read_wanted(request.headers, service.classes)
+    generation = Generation(service, unique_id, dialect.plan, wanted)
     record = _Record(request, dialect, generation)
     headers = ignored_header(dialect.ignored)
     events = cast(AsyncGenerator[Delta | Ping, None], generation.events())

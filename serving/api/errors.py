@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
-from serving.errors import EngineDeadError, InvalidRequestError, LecternError
+from serving.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    LecternError,
+    OverloadedError,
+)
 
 #: Seconds after which a client may try again while the engine starts or restarts.
 RETRY_AFTER = 5
@@ -61,6 +67,10 @@ def to_api_error(error: BaseException, *, stopping: bool = False) -> ApiError:
         return error
     if isinstance(error, InvalidRequestError):
         return ApiError(error.status, error.message, error.code, error.param)
+    if isinstance(error, OverloadedError):
+        seconds = max(1, math.ceil(error.retry_after))
+        headers = {"Retry-After": str(seconds)}
+        return ApiError(429, error.message, "engine_overloaded", headers=headers)
     if isinstance(error, EngineDeadError) and stopping:
         return NotReadyError(
             "The engine was stopped while it worked on this request.", "engine_stopping"

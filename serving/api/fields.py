@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_token_ids": ((False,), "Use /tokenize for token ids."),
     "return_tokens_as_token_ids": ((False,), "Use /tokenize for token ids."),
     "return_token_strs": ((False,), "Use /detokenize for the text of tokens."),
-    "priority": ((0,), "Requests are served in the order of their arrival."),
+    "priority": ((0,), "The engine takes it from the header X-Lectern-Priority."),
     "max_new_tokens": ((), _LENGTH),
     "max_output_tokens": ((), _LENGTH),
     "max_length": ((), _LENGTH),

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 from serving.api.choice import Choice, Delta
 from serving.api.service import ModelService
+from serving.api.service_headers import Wanted
 from serving.core import SamplingParams
+from serving.errors import OverloadedError
 
 #: Seconds without anything to send after which a waiting stream gets a comment line.
 PING_SECONDS = 5.0
@@ -43,16 +45,18 @@ class Generation:
     """The life of one request in the engine.
 
     Iterate :meth:`events` to the end, or close it: leaving it in any way takes every sequence out
-    of the engine before control returns.
+    of the engine before control returns. `wanted` says whose it is and how soon it is wanted.
     """
 
-    def __init__(self, service: ModelService, request_id: str, plan: Plan) -> None:
+    def __init__(self, service: ModelService, request_id: str, plan: Plan, wanted: Wanted) -> None:
         self._service = service
         self._engine = service.engine
         self._request_id = request_id
         self._plan = plan
+        self._wanted = wanted
         self._arrival = time.monotonic()
         self._queue: asyncio.Queue[Delta | Ping | BaseException] = asyncio.Queue()
+        self._refusal: OverloadedError | None = None
         self._last_sent = self._arrival
         self.first_token_seconds: float | None = None
         self.choices = [self._choice(index) for index in range(len(plan.prompts) * plan.params.n)]
@@ -75,7 +79,12 @@ class Generation:
         }
 
     async def events(self) -> AsyncIterator[Delta | Ping]:
-        """Deltas of all choices as they come, pings in between while none comes."""
+        """Deltas of all choices as they come, pings in between while none comes.
+
+        Raises what the engine raises. The engine takes or refuses a sequence at its arrival, long
+        before the first ping, so OverloadedError is raised before anything is told: it goes before
+        all that has come of other sequences of the request.
+        """
         loop = asyncio.get_running_loop()
         tasks = [asyncio.create_task(self._run(choice)) for choice in self.choices]
         timer = loop.call_later(PING_SECONDS, self._ping)
@@ -84,6 +93,9 @@ class Generation:
         try:
             while open_choices:
                 event = await self._queue.get()
+                if self._refusal is not None:
+                    self._service.metrics.count_refusal()
+                    raise self._refusal
                 if isinstance(event, BaseException):
                     raise event
                 if isinstance(event, Delta):
@@ -130,6 +142,7 @@ class Generation:
                 request_id=f"{self._request_id}-{choice.index}",
                 choice=number,
                 cache_salt=self._plan.cache_salt,
+                service=self._wanted.of(len(prompt_ids)),
             )
             async with aclosing(cast(Any, outputs)) as stream:
                 async for output in stream:
@@ -154,6 +167,10 @@ class Generation:
                         self._queue.put_nowait(delta)
                     if choice.finish_reason is not None:
                         break
+        except OverloadedError as error:
+            reason = "refused"
+            self._refusal = error
+            self._queue.put_nowait(error)
         except Exception as error:
             # Handed to whoever iterates events(), which raises it there.
             reason = "error"
@@ -162,4 +179,5 @@ class Generation:
             now = time.monotonic()
             gaps = choice.num_tokens - 1
             tpot = (now - first) / gaps if first is not None and gaps > 0 else None
-            metrics.observe_finish(reason, now - self._arrival, tpot)
+            if reason != "refused":
+                metrics.observe_finish(reason, now - self._arrival, tpot)

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from serving.config.model import ModelConfig
 from serving.errors import ConfigError, EngineDeadError, LecternError
 
 if TYPE_CHECKING:
+    from serving.api.classes import Targets
     from serving.api.service import ModelService
     from serving.tokenizer import Tokenizer
 
@@ -66,8 +67,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def run(config: EngineConfig, listening: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT.
+def run(config: EngineConfig, listening: socket.socket, classes: Mapping[str, Targets]) -> None:
+    """Serve until SIGTERM or SIGINT. `classes` are those that a request may name.
 
     Raises ConfigError or ModelError when the engine cannot start, EngineDeadError when it died
     and could not be restarted.
@@ -76,10 +77,15 @@ def run(config: EngineConfig, listening: socket.socket) -> None:
 
     model = ModelConfig.from_folder(config.model)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(config, model.vocab_size, listening))
+        runner.run(_serve(config, model.vocab_size, listening, classes))
 
 
-async def _serve(config: EngineConfig, vocab_size: int, listening: socket.socket) -> None:
+async def _serve(
+    config: EngineConfig,
+    vocab_size: int,
+    listening: socket.socket,
+    classes: Mapping[str, Targets],
+) -> None:
     from serving.engine import Engine
 
     began = time.monotonic()
@@ -90,7 +96,7 @@ async def _serve(config: EngineConfig, vocab_size: int, listening: socket.socket
     engine = asyncio.create_task(Engine.start(config, _progress))
     try:
         tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
-        service = _make_service(config, vocab_size, tokenizer, engine, stop)
+        service = _make_service(config, vocab_size, tokenizer, engine, stop, classes)
     except BaseException:
         engine.cancel()
         await asyncio.gather(engine, return_exceptions=True)
@@ -150,6 +156,7 @@ def _make_service(
     tokenizer: Tokenizer | None,
     engine: asyncio.Task[Any],
     stop: asyncio.Event,
+    classes: Mapping[str, Targets],
 ) -> ModelService:
     from prometheus_client import CollectorRegistry
 
@@ -170,6 +177,7 @@ def _make_service(
         started,
         EngineMetrics(CollectorRegistry(), config.name),
         on_failure=lambda _: stop.set(),
+        classes=classes,
     )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from monitoring.metrics import EngineMetrics
+from serving.api.classes import Targets, service_classes
 from serving.api.errors import NotReadyError
 from serving.api.logs import log
+from serving.config.service import Service
 from serving.core import SamplingParams, TokenOutput
 from serving.errors import ConfigError, LecternError, ModelError
 from serving.messages import EngineStats
@@ -40,6 +42,7 @@ class EngineLike(Protocol):
         request_id: str | None = None,
         choice: int = 0,
         cache_salt: str = "",
+        service: Service | None = None,
     ) -> AsyncIterator[TokenOutput]: ...
 
     async def wait_dead(self) -> str: ...
@@ -63,7 +66,8 @@ class ServedModel:
 class ModelService:
     """Owns the engine: starts it, watches it, restarts it when it dies, closes it.
 
-    `on_failure` is called once when restarting has been given up.
+    `classes` are those a request may name; by default the built-in ones. `on_failure` is called
+    once when restarting has been given up.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class ModelService:
         start_engine: Callable[[], Awaitable[EngineLike]],
         metrics: EngineMetrics,
         on_failure: Callable[[str], None] | None = None,
+        classes: Mapping[str, Targets] | None = None,
     ) -> None:
         self.model = model
+        self.classes = service_classes() if classes is None else classes
         self.metrics = metrics
         self.state: State = "starting"
         #: Why restarting was given up; empty until then.

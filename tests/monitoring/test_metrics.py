@@ -45,6 +45,8 @@ def test_request_events() -> None:
     engine.count_prompt(100, cached=32)
     engine.count_generation(5)
     engine.observe_first_token(0.2)
+    assert sample(engine.render()[0].decode(), "lectern_engine_requests_refused_total") == 0
+    engine.count_refusal()
     engine.observe_finish("stop", 1.0, 0.05)
     engine.observe_finish("length", 1.0, None)
     text = engine.render()[0].decode()
@@ -55,6 +57,7 @@ def test_request_events() -> None:
     assert sample(text, "lectern_engine_requests_finished_total", finish_reason="stop") == 1
     assert sample(text, "lectern_engine_time_per_output_token_seconds_count") == 1
     assert sample(text, "lectern_engine_request_seconds_count") == 2
+    assert sample(text, "lectern_engine_requests_refused_total") == 1
     assert sample(text, "lectern_engine_time_to_first_token_seconds_bucket", le="0.25") == 1
     assert sample(text, "lectern_engine_time_to_first_token_seconds_bucket", le="0.1") == 0
 

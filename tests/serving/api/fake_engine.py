@@ -7,8 +7,9 @@ import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from serving.config.service import Service
 from serving.core import SamplingParams, TokenLogprobs, TokenOutput
-from serving.errors import EngineDeadError
+from serving.errors import EngineDeadError, OverloadedError
 from serving.messages import EngineStats, StageSeconds
 
 
@@ -18,6 +19,7 @@ class Call:
     params: SamplingParams
     choice: int
     cache_salt: str
+    service: Service | None = None
     given: int = 0
     ended: str = "running"
     life: int = 0
@@ -28,6 +30,7 @@ class FakeEngine:
     """Answers every prompt with `reply` over and over, then `eos` unless it is to be ignored.
 
     `gate` holds answers back while it is cleared; `queue_first` yields a queued output before.
+    `refuses` gives the error for a call that is not taken.
     """
 
     reply: list[int]
@@ -38,6 +41,7 @@ class FakeEngine:
     repeat: int = 1
     delay: float = 0.0
     cached: int = 0
+    refuses: Callable[[Call], OverloadedError | None] = lambda call: None
     calls: list[Call] = field(default_factory=list)
     restarts: int = 0
     closed: bool = False
@@ -71,12 +75,15 @@ class FakeEngine:
         request_id: str | None = None,
         choice: int = 0,
         cache_salt: str = "",
+        service: Service | None = None,
     ) -> AsyncIterator[TokenOutput]:
-        call = Call(prompt_token_ids, params, choice, cache_salt, life=self.lives)
+        call = Call(prompt_token_ids, params, choice, cache_salt, service, life=self.lives)
         self.calls.append(call)
         try:
             if self.queue_first:
                 yield TokenOutput(token_ids=[], queued=True)
+            if (refusal := self.refuses(call)) is not None:
+                raise refusal
             room = self.max_model_len - len(prompt_token_ids)
             limit = room if params.max_tokens is None else params.max_tokens
             script = self.reply * (limit if params.ignore_eos else self.repeat)
