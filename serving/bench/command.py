@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.errors import ConfigError, LecternError, ModelError
+from serving.errors import ConfigError, LecternError, ModelError, OverloadedError
 
 if TYPE_CHECKING:
     from serving.bench.loads import Load
-    from serving.config.model import ModelConfig
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line asked for."""
-
-    model: str
-    loads: list[str]
-    url: str
-    key: str
-    as_json: bool
-    matmul: bool
-    seed: int
-    kv_memory: str
-    engine: dict[str, Any]
+    from serving.bench.settings import Settings
 
 
 def bench(
@@ -40,13 +22,77 @@ def bench(
         typer.Option(help="Shape such as qwen3-0.6b, or a checkpoint folder, or `demo`."),
     ],
     load: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="KIND:N:RATE, may be given several times. N requests, RATE of them a second on "
             "average, 0 = all at once. KIND: chat (mean 300 tokens in, 244 out), long (2124, "
             "239), code (2503, 41), or fixed-IN-OUT with the same lengths for all requests."
         ),
-    ],
+    ] = None,
+    trace: Annotated[
+        str,
+        typer.Option(
+            help="Instead of --load: a file in Azure's (csv) or Mooncake's (jsonl) format, or of "
+            "agent calls (tar.gz).",
+            show_default=False,
+        ),
+    ] = "",
+    requests: Annotated[
+        int, typer.Option(help="Only so many requests of the trace, from its start; 0: all.")
+    ] = 0,
+    mix: Annotated[
+        str,
+        typer.Option(
+            help="SHARE:TOKENS such as 0.1:8192: a tenth of the trace's requests, drawn by the "
+            "seed, get prompts of that length.",
+            show_default=False,
+        ),
+    ] = "",
+    rate: Annotated[
+        float,
+        typer.Option(
+            help="Requests a second on average, by stretching the trace's times; 0: its own. With "
+            "--goodput the first rate that is tried; 0: by the time of lone prefills."
+        ),
+    ] = 0.0,
+    time_scale: Annotated[
+        float,
+        typer.Option(
+            help="Multiply the trace's times, so that 2 halves its rate.", show_default=False
+        ),
+    ] = 0.0,
+    order: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Order of service for --trace, as for `lectern serve`; may be given several "
+            "times, and every one is run in an engine of its own.",
+            show_default="fcfs",
+        ),
+    ] = None,
+    slo_ttft: Annotated[
+        str,
+        typer.Option(
+            help="Target of the time to first token in seconds, such as 2, 2+0.001*tokens or "
+            "max(2,5*own) with `own` the measured time of its uncached prefill alone; or none."
+        ),
+    ] = "max(2,5*own)",
+    slo_tpot: Annotated[
+        str, typer.Option(help="Target of the seconds for each further token, or none.")
+    ] = "0.1",
+    goodput: Annotated[
+        bool,
+        typer.Option(
+            "--goodput",
+            help="Look for the highest rate at which 90 % of all requests and 80 % of each "
+            "length class meet their targets.",
+        ),
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="For --goodput: how long requests arrive at each rate.")
+    ] = 90.0,
+    rates: Annotated[
+        int, typer.Option(help="For --goodput: how many rates are tried at most.")
+    ] = 5,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a load on standard output.")
     ] = False,
@@ -132,22 +178,47 @@ def bench(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lengths and arrivals.")] = 0,
 ) -> None:
-    """Run loads against an engine and print their figures.
+    """Run loads, or a recorded one, against an engine and print their figures.
 
-    Conditions: temperature 1.0, ignore_eos, random prompts, prefix cache off, no text made of the
-    tokens in process, every requested token counted. Before the first load the engine is warmed up
-    with 64 chat requests; when all loads are fixed ones, with two requests of the first load's
-    prompt and eight tokens out instead.
+    Conditions of --load: temperature 1.0, ignore_eos, random prompts, prefix cache off, no text
+    made of the tokens in process, every requested token counted. Before the first load the engine
+    is warmed up with 64 chat requests; when all loads are fixed ones, with two requests of the
+    first load's prompt and eight tokens out instead.
+
+    Conditions of --trace: the same but for the prefix cache, which is on where prompts share
+    beginnings, and the arrivals, which wait for nobody. A refused request counts as missed, one
+    longer than the context is dropped. Warmed up with 16 requests of 128 tokens in and 16 out.
+    Prefills of a few lengths are then timed alone, for `own`; the first order's times count for
+    all.
     """
+    from serving.bench.settings import Settings, TraceSettings
     from serving.bench.targets import BenchError
     from serving.cli import fail, parse_devices
 
     if seed < 0:
         fail(ConfigError(f"--seed must be at least 0, not {seed}.", "--seed"))
-    fixed = all(text.startswith("fixed-") for text in load)
+    wanted = TraceSettings(
+        trace=trace,
+        mix=mix,
+        requests=requests,
+        rate=rate,
+        time_scale=time_scale,
+        orders=order or [],
+        slo_ttft=slo_ttft,
+        slo_tpot=slo_tpot,
+        goodput=goodput,
+        seconds=seconds,
+        rates=rates,
+    )
+    try:
+        wanted.check(loads=bool(load), url=bool(url))
+    except ConfigError as refused:
+        fail(refused)
+    loads = load or []
+    fixed = all(text.startswith("fixed-") for text in loads)
     settings = Settings(
         model=model,
-        loads=load,
+        loads=loads,
         url=url,
         key=api_key,
         as_json=as_json,
@@ -177,7 +248,12 @@ def bench(
         },
     )
     try:
-        asyncio.run(_bench(settings))
+        if trace:
+            from serving.bench.trace_run import run_trace
+
+            asyncio.run(run_trace(settings, wanted))
+        else:
+            asyncio.run(_bench(settings))
     except BaseExceptionGroup as group:
         ours, others = group.split(LecternError)
         if others is not None or ours is None:
@@ -187,7 +263,7 @@ def bench(
             error = error.exceptions[0]
         print(f"lectern: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    except BenchError as error:
+    except (BenchError, OverloadedError) as error:
         print(f"lectern: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except LecternError as error:
@@ -198,6 +274,7 @@ async def _bench(settings: Settings) -> None:
     from serving.bench.loads import context_needed, parse_load, warm_up
     from serving.bench.matmul import matmul_seconds
     from serving.bench.runner import run_load, stage_shares
+    from serving.bench.settings import circumstances, kv_memory, print_row, say
     from serving.bench.targets import InProcess, Remote, Target
     from serving.cli import resolve_model
     from serving.config.engine import EngineConfig
@@ -218,12 +295,12 @@ async def _bench(settings: Settings) -> None:
             model=folder,
             served_model_name=name,
             enable_prefix_caching=False,
-            kv_memory=_kv_memory(settings, loads, model),
+            kv_memory=kv_memory(settings, [load.lengths for load in loads], model),
             **{**settings.engine, "max_model_len": context},
         )
         if settings.matmul:
             for load in loads:
-                _say(f"{load.text}: timing its matrix products alone ...")
+                say(f"{load.text}: timing its matrix products alone ...")
                 products[load.text] = matmul_seconds(
                     folder,
                     load.lengths,
@@ -232,17 +309,17 @@ async def _bench(settings: Settings) -> None:
                     config.threads,
                 )
         began = time.monotonic()
-        target = await InProcess.start(config, _say)
-        _say(f"The engine is ready after {time.monotonic() - began:.1f} s.")
+        target = await InProcess.start(config, say)
+        say(f"The engine is ready after {time.monotonic() - began:.1f} s.")
     try:
-        await run_load(target, warm_up(loads), model.vocab_size, _say)
+        await run_load(target, warm_up(loads), model.vocab_size, say)
         for load in loads:
             before = target.stages()
-            figures = await run_load(target, load, model.vocab_size, _say)
+            figures = await run_load(target, load, model.vocab_size, say)
             shares = stage_shares(before, target.stages())
             for stage, share in enumerate(shares):
                 parts = ", ".join(f"{kind} {part} %" for kind, part in share.items())
-                _say(f"{load.text}: stage {stage}: {parts}")
+                say(f"{load.text}: stage {stage}: {parts}")
             head = {
                 "engine": "lectern",
                 "pp": settings.engine["pipeline_parallel_size"],
@@ -250,61 +327,10 @@ async def _bench(settings: Settings) -> None:
                 "model": name,
                 "load": load.text,
             }
-            row = {**head, **figures, **_circumstances(settings)}
+            row = {**head, **figures, **circumstances(settings)}
             product = products.get(load.text)
             row["stages_percent"] = shares
             row["matmul_s"] = None if product is None else round(product, 3)
-            _print(row, settings.as_json)
+            print_row(row, settings.as_json)
     finally:
         await target.close()
-
-
-def _kv_memory(settings: Settings, loads: list[Load], model: ModelConfig) -> int | None:
-    """Bytes for all sequences of the largest load that may run at once; half of what is free.
-
-    None on a GPU, whose memory is planned at start.
-    """
-    from serving.bench.machine import memory_available, on_gpu
-    from serving.cli import parse_size
-
-    if settings.kv_memory:
-        return parse_size(settings.kv_memory, "--kv-memory")
-    if on_gpu(settings.engine["device"]):
-        return None
-    page = settings.engine["page_size"]
-    if not isinstance(page, int) or page < 1:
-        raise ConfigError("--page-size must be a power of two such as 16.", "--page-size")
-    most: int = settings.engine["max_num_seqs"]
-    pages = 0
-    for load in loads:
-        sizes = sorted((sum(size) // page + 2 for size in load.lengths), reverse=True)
-        pages = max(pages, sum(sizes[:most]))
-    dtype = model.dtype if settings.engine["dtype"] == "auto" else settings.engine["dtype"]
-    item = 4 if dtype == "float32" else 2
-    row = 2 * model.num_kv_heads * model.head_dim * model.num_layers * item
-    return max(64 << 20, min(pages * page * row * 11 // 10, memory_available() // 2))
-
-
-def _circumstances(settings: Settings) -> dict[str, Any]:
-    from serving.bench.machine import commit, hardware
-
-    local = not settings.url or urlsplit(settings.url).hostname in ("127.0.0.1", "localhost")
-    return {
-        "dtype": settings.engine["dtype"],
-        "url": settings.url or None,
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "hardware": hardware() if local else None,
-    }
-
-
-def _print(row: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(row), flush=True)
-        return
-    width = max(map(len, row))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in row.items()) + "\n", flush=True)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -24,7 +24,8 @@ async def run_load(
 ) -> dict[str, Any]:
     """Figures of one load, as `workload.summary` names them. Raises what a request raises."""
     meter = _Meter(load, progress)
-    began = time.perf_counter()
+    now = asyncio.get_running_loop().time
+    began = now()
     async with asyncio.TaskGroup() as group:
         requests = [
             group.create_task(_request(target, load, index, vocab_size, began, meter))
@@ -33,7 +34,7 @@ async def run_load(
         reporter = group.create_task(meter.report())
         for request in requests:
             request.add_done_callback(lambda _: meter.count() and reporter.cancel())
-    wall = time.perf_counter() - began
+    wall = now() - began
     found: dict[str, Any] = workload.summary([request.result() for request in requests], wall)
     return found
 
@@ -54,12 +55,13 @@ async def _request(
 ) -> Row:
     tokens_in, tokens_out = load.lengths[index]
     prompt = load.prompt(index, vocab_size)
-    await asyncio.sleep(max(0.0, began + load.arrivals[index] - time.perf_counter()))
-    start = time.perf_counter()
-    first, end = await target.run(prompt, tokens_out)
+    now = asyncio.get_running_loop().time
+    await asyncio.sleep(max(0.0, began + load.arrivals[index] - now()))
+    start = now()
+    times = await target.ask(prompt, tokens_out)
     meter.tokens += tokens_in + tokens_out
-    tpot = (end - first) / max(1, tokens_out - 1)
-    return (first - start, tpot, end - start, tokens_in, tokens_out)
+    tpot = (times.last - times.first) / max(1, tokens_out - 1)
+    return (times.first - start, tpot, times.last - start, tokens_in, tokens_out)
 
 
 class _Meter:

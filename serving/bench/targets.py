@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from serving.config.engine import EngineConfig
+from serving.config.service import Service
 from serving.core import SamplingParams
-from serving.errors import ConfigError, LecternError
+from serving.errors import ConfigError, LecternError, OverloadedError
 from serving.messages import StageSeconds
 
 if TYPE_CHECKING:
@@ -23,14 +26,51 @@ class BenchError(LecternError):
     """A load did not give what was asked for, so its figures would mean nothing."""
 
 
+@dataclass(frozen=True)
+class Times:
+    """When the first and the last token came, by the running loop's clock; seconds between two
+    arrivals of tokens at most."""
+
+    first: float
+    last: float
+    longest_gap: float = 0.0
+
+
+class _Stopwatch:
+    """Notes arrivals of tokens."""
+
+    def __init__(self) -> None:
+        self._now = asyncio.get_running_loop().time
+        self._first = self._last = math.nan
+        self._gap = 0.0
+
+    def note(self) -> None:
+        now = self._now()
+        if math.isnan(self._first):
+            self._first = now
+        else:
+            self._gap = max(self._gap, now - self._last)
+        self._last = now
+
+    def times(self) -> Times:
+        """As the answer has ended now."""
+        return Times(self._first, self._now(), self._gap)
+
+
 class Target(ABC):
     """Runs one request at a time; many at once on one event loop."""
 
-    @abstractmethod
-    async def run(self, prompt: list[int], tokens_out: int) -> tuple[float, float]:
-        """Return the times of the first and of the last token, by `time.perf_counter`.
+    #: Tokens of the longest prompt and answer together; None when it is not known.
+    context: int | None = None
 
-        Raises BenchError unless exactly `tokens_out` tokens came.
+    @abstractmethod
+    async def ask(
+        self, prompt: list[int], tokens_out: int, service: Service | None = None, salt: str = ""
+    ) -> Times:
+        """Run one request. Prompts share KV only under one `salt`.
+
+        Raises OverloadedError when it is refused for want of room, and BenchError unless exactly
+        `tokens_out` tokens came.
         """
 
     def stages(self) -> list[StageSeconds]:
@@ -51,6 +91,7 @@ class InProcess(Target):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.context = engine.max_model_len
 
     @classmethod
     async def start(cls, config: EngineConfig, progress: Callable[[str], None]) -> InProcess:
@@ -58,17 +99,19 @@ class InProcess(Target):
 
         return cls(await Engine.start(config, progress))
 
-    async def run(self, prompt: list[int], tokens_out: int) -> tuple[float, float]:
+    async def ask(
+        self, prompt: list[int], tokens_out: int, service: Service | None = None, salt: str = ""
+    ) -> Times:
         params = SamplingParams(max_tokens=tokens_out, ignore_eos=True, temperature=1.0)
-        first, got = 0.0, 0
-        outputs = self._engine.generate(prompt, params)
+        watch, got = _Stopwatch(), 0
+        outputs = self._engine.generate(prompt, params, cache_salt=salt, service=service)
         async with aclosing(cast(Any, outputs)) as stream:
             async for output in stream:
-                if output.token_ids and not got:
-                    first = time.perf_counter()
+                if output.token_ids:
+                    watch.note()
                 got += len(output.token_ids)
         check_count(got, tokens_out)
-        return first, time.perf_counter()
+        return watch.times()
 
     def stages(self) -> list[StageSeconds]:
         return list(self._engine.stats.stages)
@@ -81,12 +124,13 @@ class Remote(Target):
     """`/v1/completions` at an address, streaming; tokens are counted by its usage chunk.
 
     The first token counts as seen with the first chunk, which a server that has a tokenizer may
-    hold back until a character is whole.
+    hold back until a character is whole. Targets of a request travel as headers.
     """
 
-    def __init__(self, client: Any, model: str) -> None:
+    def __init__(self, client: Any, model: str, context: int | None) -> None:
         self._client = client
         self._model = model
+        self.context = context
 
     @classmethod
     async def connect(cls, url: str, key: str) -> Remote:
@@ -103,7 +147,8 @@ class Remote(Target):
         try:
             listed = await client.get("/v1/models")
             listed.raise_for_status()
-            return cls(client, listed.json()["data"][0]["id"])
+            found = listed.json()["data"][0]
+            return cls(client, found["id"], found.get("max_model_len"))
         except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
             await client.aclose()
             raise ConfigError(
@@ -112,7 +157,11 @@ class Remote(Target):
                 "--url",
             ) from error
 
-    async def run(self, prompt: list[int], tokens_out: int) -> tuple[float, float]:
+    async def ask(
+        self, prompt: list[int], tokens_out: int, service: Service | None = None, salt: str = ""
+    ) -> Times:
+        import httpx2
+
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -122,23 +171,60 @@ class Remote(Target):
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        first, got = 0.0, 0
-        async with self._client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode("utf-8", "replace")[:300]
-                raise BenchError(f"The server answered {response.status_code}: {text}.")
-            async for line in response.aiter_lines():
-                if not line.startswith("data:") or line.endswith("[DONE]"):
-                    continue
-                event = msgspec.json.decode(line[5:])
-                if "error" in event:
-                    raise BenchError(f"The server failed: {event['error'].get('message')}")
-                if event["choices"] and not first:
-                    first = time.perf_counter()
-                if event.get("usage"):
-                    got = event["usage"]["completion_tokens"]
+        if salt:
+            body["cache_salt"] = salt
+        headers = {} if service is None else service_headers(service)
+        watch, got = _Stopwatch(), 0
+        try:
+            async with self._client.stream(
+                "POST", "/v1/completions", json=body, headers=headers
+            ) as response:
+                await _check_status(response)
+                async for line in response.aiter_lines():
+                    if not line.startswith("data:") or line.endswith("[DONE]"):
+                        continue
+                    event = msgspec.json.decode(line[5:])
+                    if "error" in event:
+                        raise BenchError(f"The server failed: {event['error'].get('message')}")
+                    if event["choices"]:
+                        watch.note()
+                    if event.get("usage"):
+                        got = event["usage"]["completion_tokens"]
+        except httpx2.HTTPError as error:
+            raise BenchError(
+                f"The connection to the server broke: {error or type(error).__name__}."
+            ) from error
         check_count(got, tokens_out)
-        return first, time.perf_counter()
+        return watch.times()
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+async def _check_status(response: Any) -> None:
+    if response.status_code == 200:
+        return
+    text = (await response.aread()).decode("utf-8", "replace")[:300]
+    sentence = f"The server answered {response.status_code}: {text}."
+    if response.status_code == 429:
+        raise OverloadedError(sentence, 0.0)
+    raise BenchError(sentence)
+
+
+def service_headers(service: Service) -> dict[str, str]:
+    """Headers that tell a server a request's program and targets, those in milliseconds.
+
+    A TTFT target must be plain seconds: only the sender knows what its other parts are.
+    """
+    headers = {
+        "X-Lectern-TTFT-Ms": _milliseconds(None if service.ttft is None else service.ttft.seconds),
+        "X-Lectern-TPOT-Ms": _milliseconds(service.tpot),
+    }
+    if service.program:
+        headers["X-Lectern-Program"] = service.program
+    return headers
+
+
+def _milliseconds(seconds: float | None) -> str:
+    """`none` says best effort, where a server might have a target of its own."""
+    return "none" if seconds is None else f"{max(seconds, 1e-6) * 1e3:.3f}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import tarfile
+import zlib
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_trace(path: Path, seed: int, *, most: int | None = None) -> Trace:
             raise ValueError("it holds no request")
     except (
         OSError, ValueError, LookupError, OverflowError, EOFError, tarfile.TarError,
-        msgspec.DecodeError,
+        zlib.error, msgspec.DecodeError,
     ) as error:  # fmt: skip
         raise ConfigError(
             f"--trace {path} is not a trace in Azure's or Mooncake's format or of agent calls "

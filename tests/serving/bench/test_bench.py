@@ -18,9 +18,10 @@ from serving.bench.loads import PEER_CONTEXT, context_needed, parse_load, warm_u
 from serving.bench.machine import commit, hardware, memory_available
 from serving.bench.runner import run_load, stage_shares
 from serving.bench.shapes import shape_folder, shape_names
-from serving.bench.targets import BenchError, Target
+from serving.bench.targets import BenchError, Target, Times
 from serving.cli import parse_size, register, resolve_model
 from serving.config.model import ModelConfig
+from serving.config.service import Service
 from serving.demo_model import ensure_demo_model
 from serving.errors import ConfigError
 from serving.messages import StageSeconds
@@ -117,7 +118,9 @@ class Steady(Target):
         self.open = self.most = 0
         self.fails = fails
 
-    async def run(self, prompt: list[int], tokens_out: int) -> tuple[float, float]:
+    async def ask(
+        self, prompt: list[int], tokens_out: int, service: Service | None = None, salt: str = ""
+    ) -> Times:
         self.open += 1
         self.most = max(self.most, self.open)
         now = asyncio.get_running_loop().time
@@ -127,7 +130,7 @@ class Steady(Target):
         first = now()
         await asyncio.sleep(0.01)
         self.open -= 1
-        return first, now()
+        return Times(first, now())
 
     async def close(self) -> None:
         pass

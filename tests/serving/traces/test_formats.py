@@ -158,9 +158,12 @@ def test_bad_archives_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_trace(good, 0).name == "good"
     other = archive(tmp_path / "other.tar.gz", "x/s.txt", call)
     cut = tmp_path / "cut.tar.gz"
-    cut.write_bytes(good.read_bytes()[:-20])
+    whole = AGENTS.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    torn = tmp_path / "torn.tar.gz"
+    torn.write_bytes(whole[:9000] + bytes(200) + whole[9200:])
     folder = tmp_path
-    for path in (other, cut, folder, tmp_path / "nowhere"):
+    for path in (other, cut, torn, folder, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match="--trace"):
             read_trace(path, 0)
     monkeypatch.setattr("serving.traces.agents._MOST_BYTES", len(call) - 1)
