@@ -119,6 +119,10 @@ inline const Tile kTiles[kMaxRows + 1][3] = {
     LECTERN_TILES(12), LECTERN_TILES(13), LECTERN_TILES(14)};
 #undef LECTERN_TILES
 
+// Rows of the left side that are multiplied with one pair of panels after the other take so many
+// bytes at most: with two pairs of panels they stay in a second-level cache of 1 MiB.
+constexpr long kSpanBytes = 400 << 10;
+
 // Multiplies packed rows with a weight. `halves` pairs panel g with panel g + panels/2 (gate with
 // up) instead of panels 2g and 2g + 1; it needs n to be a multiple of 32. For every tile
 // `finish(first_row, rows, group, out)` is called with out[rows][32] in float32. `after`, when
@@ -128,33 +132,37 @@ void multiply(Team& team, const Rows& a, const Matrix& w, bool halves, const Mat
               Finish finish) {
   const long groups = w.panels() / 2, pairs = w.padded_k() / 2, blocks = a.blocks;
   const long first_step = halves ? 1 : 2, second = halves ? groups : 1;
+  const long fitting = std::max<long>(1, kSpanBytes / (kMaxRows * a.padded * long(sizeof(bf16))));
+  const long spans = (blocks + fitting - 1) / fitting, items = spans * groups;
   std::atomic<long>& counter = team.counter();
   alignas(64) float out[kMaxRows * 32];
-  long group = team.id;
-  while (group < groups) {
+  long item = team.id;
+  while (item < items) {
     const long next = counter.fetch_add(1, std::memory_order_relaxed) + team.size;
+    const long group = item % groups, span = item / groups;
     const bf16* b0 = w.panel(group * first_step);
     const bf16* b1 = w.panel(group * first_step + second);
     const char *next0 = nullptr, *next1 = nullptr;
-    if (next < groups) {
-      next0 = reinterpret_cast<const char*>(w.panel(next * first_step));
-      next1 = reinterpret_cast<const char*>(w.panel(next * first_step + second));
+    if (next < items) {
+      next0 = reinterpret_cast<const char*>(w.panel(next % groups * first_step));
+      next1 = reinterpret_cast<const char*>(w.panel(next % groups * first_step + second));
     } else if (after != nullptr && 2 * team.id + 1 < after->panels()) {
       next0 = reinterpret_cast<const char*>(after->panel(2 * team.id));
       next1 = reinterpret_cast<const char*>(after->panel(2 * team.id + 1));
     }
-    for (long b = 0; b < blocks; ++b) {
+    const long begin = span * blocks / spans, end = (span + 1) * blocks / spans;
+    for (long b = begin; b < end; ++b) {
       int ahead = 0;
       long skip = 0;
-      if (next0 != nullptr && b < 2) {
-        ahead = blocks == 1 ? 2 : 1;
-        skip = b * (pairs / 2) * 64;
+      if (next0 != nullptr && b < begin + 2) {
+        ahead = end - begin == 1 ? 2 : 1;
+        skip = (b - begin) * (pairs / 2) * 64;
       }
       const long rows = a.rows(b);
       kTiles[rows][ahead](a.block(b), b0, b1, pairs, next0 + skip, next1 + skip, out);
       finish(a.first(b), rows, group, out);
     }
-    group = next;
+    item = next;
   }
 }
 
