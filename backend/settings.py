@@ -1,5 +1,6 @@
 """Settings of backend and index worker: one validated object, read from LECTERN_* variables."""
 
+import re
 from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from backend.errors import StartupError
 
 MEBIBYTE = 1024 * 1024
 _HTTP_URL = TypeAdapter(AnyHttpUrl)
+_CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", re.ASCII)
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -59,6 +61,11 @@ class Settings(BaseSettings):
     requests_per_minute: Positive = Field(
         default=6_000, description="Gateway requests a user may make in one minute."
     )
+    key_classes: str = Field(
+        default="standard,interactive,batch",
+        description="Classes of service that a key may have, those of the engine's --slo-class "
+        "included.",
+    )
     max_upload_bytes: Positive = Field(
         default=50 * MEBIBYTE, description="Largest document that can be uploaded."
     )
@@ -98,6 +105,18 @@ class Settings(BaseSettings):
         for part in value.split(","):
             ip_network(part.strip())
         return value
+
+    @field_validator("key_classes")
+    @classmethod
+    def _class_names(cls, value: str) -> str:
+        for name in value.split(","):
+            if not _CLASS_NAME.fullmatch(name.strip()):
+                raise ValueError(f"{name!r} is not the name of a class")
+        return value
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.key_classes.split(","))
 
     def trusts(self, host: str) -> bool:
         """Whether `host`, the address of a peer, is one of ours."""

@@ -15,6 +15,7 @@ from backend.errors import ApiError
 _MODEL_SECONDS = 5.0
 _RETRY_AFTER = "5"
 _MAX_CONNECTIONS = 1024
+_SECONDS = re.compile(r"[0-9]{1,5}")
 _WIDE = re.compile(r"[^\x00-\x7f]")
 
 
@@ -130,17 +131,19 @@ def _model_info(row: dict[str, Any]) -> ModelInfo:
     )
 
 
-def error_of(status: int, body: bytes) -> ApiError:
+def error_of(status: int, body: bytes, retry_after: str | None = None) -> ApiError:
     """What the caller is told about an error answer of the model server.
 
-    A key the model server refuses is the platform's fault, never the caller's."""
+    A key the model server refuses is the platform's fault, never the caller's. `retry_after` is
+    its header of that name."""
     if status in (401, 403):
         return ApiError(
             502,
             "upstream_refused",
             "The model server refused the platform's own key. Tell an administrator.",
         )
-    headers = {"Retry-After": _RETRY_AFTER} if status in (429, 503) else {}
+    wait = retry_after if retry_after and _SECONDS.fullmatch(retry_after) else _RETRY_AFTER
+    headers = {"Retry-After": wait} if status in (429, 503) else {}
     try:
         error = msgspec.json.decode(body)["error"]
         code, param = error.get("code"), error.get("param")

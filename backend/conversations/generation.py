@@ -14,6 +14,7 @@ from backend.conversations.answer import Answer
 from backend.conversations.question import PreparedQuestion, prepare
 from backend.courses.models import Course
 from backend.errors import ApiError, error_body, from_exception
+from backend.gateway.service import PAGE_CLASS, service_headers
 from backend.gateway.sse import EventSplitter, event_json
 from backend.upstream import ModelInfo, error_of, unavailable
 from backend.usage.metering import Meter
@@ -157,12 +158,14 @@ class _Writer:
             "POST",
             "/v1/chat/completions",
             content=msgspec.json.encode(body),
-            headers={"content-type": "application/json"},
+            headers={"content-type": "application/json"}
+            | service_headers(model, self._user_id, PAGE_CLASS),
         )
         response = await client.send(request, stream=True)
         try:
             if response.status_code >= 400:
-                raise error_of(response.status_code, await response.aread())
+                wait = response.headers.get("retry-after")
+                raise error_of(response.status_code, await response.aread(), wait)
             return await self._read(response)
         finally:
             await response.aclose()
@@ -261,7 +264,8 @@ class _Writer:
         if self._reason is not None:
             return ApiError(503, "answer_interrupted", self._reason)
         if isinstance(outcome, ApiError):
-            return outcome
+            refused = outcome.status == 429 and outcome.code == "engine_overloaded"
+            return _busy(outcome) if refused else outcome
         if isinstance(outcome, httpx2.HTTPError | ValueError):
             self._context.metrics.upstream_errors.labels(reason="upstream_cut").inc()
             if not self._answer.text:
@@ -274,3 +278,14 @@ class _Writer:
             )
         log.error("an answer failed", message=self._answer.message_id, exc_info=outcome)
         return from_exception(outcome)
+
+
+def _busy(error: ApiError) -> ApiError:
+    """The refusal of an engine with a long queue, for people instead of programs."""
+    seconds = error.headers["Retry-After"]
+    return ApiError(
+        error.status,
+        error.code,
+        f"Many are asking now. Try again in {seconds} s.",
+        headers=error.headers,
+    )

@@ -31,7 +31,10 @@ _MAX_ANSWER = 64 * 1024 * 1024
 
 
 class GatewayCall(Response):
-    """Sends `request` to `path` upstream, relays the answer, settles the meter."""
+    """Sends `request` to `path` upstream, relays the answer, settles the meter.
+
+    `service` are headers for the model server, `headers` for the client.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class GatewayCall(Response):
         path: str,
         request: ModelRequest,
         meter: Meter,
+        service: dict[str, str],
         headers: dict[str, str],
         request_id: str,
     ) -> None:
@@ -49,6 +53,7 @@ class GatewayCall(Response):
         self._path = path
         self._request = request
         self._meter = meter
+        self._service = service
         self._extra_headers = headers
         self._request_id = request_id
         self._started = False
@@ -87,13 +92,14 @@ class GatewayCall(Response):
     async def _work(self, send: Send) -> None:
         headers = {"content-type": "application/json", "x-request-id": self._request_id}
         request = self._context.upstream.client.build_request(
-            "POST", self._path, content=self._request.body, headers=headers
+            "POST", self._path, content=self._request.body, headers=headers | self._service
         )
         response = await self._context.upstream.client.send(request, stream=True)
         try:
             kind = response.headers.get("content-type", "application/json")
             if response.status_code >= 400:
-                raise error_of(response.status_code, await _read(response))
+                wait = response.headers.get("retry-after")
+                raise error_of(response.status_code, await _read(response), wait)
             self._accepted = True
             if kind.startswith("text/event-stream"):
                 await self._relay(response, send)

@@ -11,6 +11,7 @@ from backend.errors import ApiError
 from backend.gateway.call import GatewayCall
 from backend.gateway.limits import ratelimit_headers
 from backend.gateway.request import read_request
+from backend.gateway.service import service_headers
 from backend.keys.service import KeyOwner
 from backend.upstream import error_of, unavailable
 from backend.usage.service import Caller
@@ -57,7 +58,8 @@ async def _ask(context: ContextDep, path: str) -> httpx2.Response:
     except httpx2.HTTPError as error:
         raise unavailable() from error
     if response.status_code >= 400:
-        raise error_of(response.status_code, response.content)
+        wait = response.headers.get("retry-after")
+        raise error_of(response.status_code, response.content, wait)
     return response
 
 
@@ -72,13 +74,16 @@ async def call(request: Request, owner: KeyOwnerDep, context: ContextDep) -> Res
     raw = await request.body()
     model = await context.upstream.model()
     prepared = read_request(raw, model, context.settings.context_tokens, f"user-{owner.user_id}")
+    service = service_headers(model, owner.user_id, owner.service_class, request.headers)
     caller = Caller(owner.user_id, "gateway", key_id=owner.key_id)
     meter = await context.ledger.open(caller, prepared.reservation)
     headers = ratelimit_headers(
         context.requests.per_minute, left, context.ledger.daily_tokens, meter.reserved.remaining
     )
     request_id = str(request.scope.get("state", {}).get("request_id", ""))
-    return GatewayCall(context, owner, request.url.path, prepared, meter, headers, request_id)
+    return GatewayCall(
+        context, owner, request.url.path, prepared, meter, service, headers, request_id
+    )
 
 
 for _path in _METERED:

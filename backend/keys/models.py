@@ -7,6 +7,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from backend.database import Base, UtcDateTime, utcnow
 
+STANDARD = "standard"
+
 
 class ApiKey(Base):
     """A key of which only the SHA-256 is stored; it is shown once, when it is made."""
@@ -23,3 +25,7 @@ class ApiKey(Base):
     last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    #: Targets that its calls have in the engine, by name.
+    service_class: Mapped[str] = mapped_column(
+        String(32), default=STANDARD, server_default=STANDARD
+    )

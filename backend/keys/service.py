@@ -10,7 +10,7 @@ from backend.accounts.models import User
 from backend.database import Database, utcnow
 from backend.errors import ApiError, not_found
 from backend.keys import secret
-from backend.keys.models import ApiKey
+from backend.keys.models import STANDARD, ApiKey
 
 _MAX_LIVE_KEYS = 50
 _CACHE_SECONDS = 2.0
@@ -21,10 +21,15 @@ _TOUCH_SECONDS = 60.0
 class KeyOwner:
     key_id: int
     user_id: int
+    service_class: str
 
 
 def create(
-    database: Database, user_id: int, name: str, expires_in_days: int | None
+    database: Database,
+    user_id: int,
+    name: str,
+    expires_in_days: int | None,
+    service_class: str = STANDARD,
 ) -> tuple[ApiKey, str]:
     """Make a key and return it with its clear text, which exists nowhere afterwards."""
     made = secret.make()
@@ -37,6 +42,7 @@ def create(
         last4=made.last4,
         created_at=now,
         expires_at=now + timedelta(days=expires_in_days) if expires_in_days else None,
+        service_class=service_class,
     )
     with database.write() as session:
         live = session.execute(
@@ -68,6 +74,18 @@ def revoke(database: Database, user_id: int, key_id: int) -> None:
             raise not_found("key")
         if key.revoked_at is None:
             key.revoked_at = utcnow()
+
+
+def set_class(
+    database: Database, key_id: int, service_class: str, owner: int | None = None
+) -> ApiKey:
+    """Change the class of a key; with `owner`, only of a key of that user."""
+    with database.write() as session:
+        key = session.get(ApiKey, key_id)
+        if key is None or owner not in (None, key.user_id):
+            raise not_found("key")
+        key.service_class = service_class
+    return key
 
 
 class KeyCheck:
@@ -102,7 +120,7 @@ class KeyCheck:
         moment = utcnow()
         with self._database.read() as session:
             row = session.execute(
-                select(ApiKey.id, ApiKey.user_id)
+                select(ApiKey.id, ApiKey.user_id, ApiKey.service_class)
                 .join(User, User.id == ApiKey.user_id)
                 .where(
                     ApiKey.key_hash == hashed,
@@ -119,4 +137,4 @@ class KeyCheck:
                 session.execute(
                     update(ApiKey).where(ApiKey.id == row.id).values(last_used_at=moment)
                 )
-        return KeyOwner(row.id, row.user_id)
+        return KeyOwner(row.id, row.user_id, row.service_class)

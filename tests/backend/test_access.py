@@ -55,7 +55,9 @@ RULES: dict[tuple[str, str], frozenset[str]] = {
     ("POST", "/api/conversations/{conversation_id}/stop"): OWNER,
     ("GET", "/api/keys"): SIGNED_IN,
     ("POST", "/api/keys"): SIGNED_IN,
+    ("PATCH", "/api/keys/{key_id}"): TEACHERS,
     ("DELETE", "/api/keys/{key_id}"): SIGNED_IN,
+    ("GET", "/api/users/{user_id}/keys"): ADMIN,
     ("GET", "/api/usage"): SIGNED_IN,
     ("GET", "/api/admin/overview"): ADMIN,
     ("GET", "/health"): ALL,
@@ -97,6 +99,7 @@ def body_for(method: str, path: str) -> dict[str, object]:
         "/api/conversations/{conversation_id}": {"title": "New"},
         "/api/conversations/{conversation_id}/messages": {"content": "What?"},
         "/api/keys": {"name": "x"},
+        "/api/keys/{key_id}": {"service_class": "batch"},
         "/api/auth/login": {"username": "student", "password": "wrong"},
         "/api/auth/password": {"current_password": "wrong", "new_password": "long enough"},
     }

@@ -207,6 +207,33 @@ def test_engine_death_keeps_the_partial_answer(
     assert stored["error"] == seen[-1][1]["error"]["message"]
 
 
+def test_the_page_asks_as_the_student_and_interactively(ready: World, fake: FakeUpstream) -> None:
+    client = ready.client("student")
+    ask(client, start(ready, client))
+    seen = {name: value for name, value in fake.headers[-1].items() if "x-lectern" in name}
+    assert seen == {
+        "x-lectern-tenant": f"user-{ready.users['student'].id}",
+        "x-lectern-class": "interactive",
+    }
+
+
+def test_a_busy_engine_is_said_in_a_sentence(ready: World, fake: FakeUpstream) -> None:
+    error = {"message": "for programs", "type": "rate_limit_error", "code": "engine_overloaded"}
+    fake.error, fake.retry_after = (429, {"error": error | {"param": None}}), "12"
+    client = ready.client("student")
+    path = start(ready, client)
+    name, data = ask(client, path)[-1]
+    assert name == "error"
+    assert data["error"]["code"] == "engine_overloaded"
+    assert data["error"]["message"] == "Many are asking now. Try again in 12 s."
+    stored = last(client, path)
+    assert stored["state"] == "failed"
+    assert stored["error"] == "Many are asking now. Try again in 12 s."
+    assert client.get("/api/usage").json()["budget_used_today"] == 0
+    fake.error = None
+    assert ask(client, path)[-1][0] == "done"
+
+
 def test_engine_that_is_not_there(sqlite_url: str, tmp_path: Path, free_port: int) -> None:
     settings = settings_for(sqlite_url, tmp_path, f"http://127.0.0.1:{free_port}")
     with serve(create_app(settings, FakeRetrieval())) as address:

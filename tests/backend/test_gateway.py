@@ -94,14 +94,108 @@ def test_nothing_of_the_client_reaches_the_engine_but_its_body(
     world: World, fake: FakeUpstream
 ) -> None:
     client = caller(world)
+    student = f"user-{world.users['student'].id}"
     client.headers |= {"X-Lectern-Salt": "mine", "X-Request-Id": "my-request-0001"}
+    client.headers |= {
+        "X-Lectern-Tenant": "user-1000",
+        "X-Lectern-Class": "interactive",
+        "X-Lectern-Priority": "-1000",
+    }
     client.post("/v1/chat/completions", json=body(cache_salt="mine", top_k=3))
     seen = fake.headers[-1]
-    assert not [name for name in seen if name.startswith("x-lectern")]
+    assert {name: value for name, value in seen.items() if name.startswith("x-lectern")} == {
+        "x-lectern-tenant": student,
+        "x-lectern-class": "standard",
+    }
     assert "authorization" not in seen
     assert seen["x-request-id"] == "my-request-0001"
-    assert fake.bodies[-1]["cache_salt"] == f"user-{world.users['student'].id}"
+    assert fake.bodies[-1]["cache_salt"] == student
     assert fake.bodies[-1]["top_k"] == 3
+
+
+def service_of(fake: FakeUpstream) -> dict[str, str]:
+    prefix = "x-lectern-"
+    seen = fake.headers[-1].items()
+    return {name.removeprefix(prefix): value for name, value in seen if name.startswith(prefix)}
+
+
+def test_keys_of_one_user_are_one_tenant(world: World, fake: FakeUpstream) -> None:
+    seen = []
+    for name in ("student", "student", "stranger"):
+        client = caller(world, name)
+        assert client.post("/v1/completions", json=body(stream=True)).status_code == 200
+        secret = client.headers["authorization"].removeprefix("Bearer ")
+        seen.append(service_of(fake)["tenant"])
+        assert name not in seen[-1]
+        assert secret not in str(fake.headers[-1])
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_a_client_may_name_its_program_and_ask_for_targets(
+    world: World, fake: FakeUpstream
+) -> None:
+    """Whether they are weaker than its class's is for the engine to see, which knows those."""
+    client = caller(world)
+    wishes = {"Program": "fix the tests", "TTFT-Ms": "9000", "TPOT-Ms": "none"}
+    client.headers |= {f"X-Lectern-{name}": value for name, value in wishes.items()}
+    assert client.post("/v1/chat/completions", json=body()).status_code == 200
+    assert service_of(fake) == {
+        "tenant": f"user-{world.users['student'].id}",
+        "class": "standard",
+        "program": "fix the tests",
+        "ttft-ms": "9000",
+        "tpot-ms": "none",
+    }
+
+
+@pytest.mark.parametrize("name", ["X-Lectern-Program", "X-Lectern-TTFT-Ms", "X-Lectern-TPOT-Ms"])
+@pytest.mark.parametrize("value", [b"x" * 129, b"caf\xe9", b"a\tb"])
+def test_a_bad_wish_is_named(world: World, fake: FakeUpstream, name: str, value: bytes) -> None:
+    headers = {name.encode(): value}
+    answer = caller(world).post("/v1/chat/completions", json=body(), headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+    assert fake.opened == 0
+    assert reserved(world) == 0
+
+
+def test_other_model_servers_are_told_nothing_of_users(world: World, fake: FakeUpstream) -> None:
+    fake.owned_by = "somebody else"
+    client = caller(world)
+    client.headers["X-Lectern-Program"] = "mine"
+    assert client.post("/v1/chat/completions", json=body()).status_code == 200
+    assert service_of(fake) == {}
+
+
+OVERLOADED = {
+    "message": "Too many requests are waiting; send the request again in 12 s.",
+    "type": "rate_limit_error",
+    "param": None,
+    "code": "engine_overloaded",
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_the_engine_is_passed_on_and_costs_nothing(
+    world: World, fake: FakeUpstream, stream: bool
+) -> None:
+    fake.error, fake.retry_after = (429, {"error": OVERLOADED}), "12"
+    answer = caller(world).post("/v1/chat/completions", json=body(stream=stream))
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "12"
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == {"error": OVERLOADED}
+    wait_for(lambda: reserved(world) == 0)
+    assert records(world) == []
+
+
+@pytest.mark.parametrize("given", [None, "soon", "1" * 9])
+def test_a_wait_that_is_no_number_of_seconds_is_not_passed_on(
+    world: World, fake: FakeUpstream, given: str | None
+) -> None:
+    fake.error, fake.retry_after = (429, {"error": OVERLOADED}), given
+    answer = caller(world).post("/v1/chat/completions", json=body())
+    assert answer.headers["retry-after"] == "5"
 
 
 def test_hang_up_closes_the_stream_upstream(world: World, fake: FakeUpstream) -> None:

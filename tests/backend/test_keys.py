@@ -11,6 +11,8 @@ from sqlalchemy import select
 from backend.database import utcnow
 from backend.keys import secret
 from backend.keys.models import ApiKey
+from backend.settings import Settings
+from tests.backend.upstream import FakeUpstream
 from tests.backend.world import World
 
 
@@ -96,3 +98,64 @@ def test_a_key_revoked_by_another_process_is_refused_within_seconds(world: World
     end = time.monotonic() + 5
     while ask(world, key).status_code == 200:
         assert time.monotonic() < end
+
+
+class TestClasses:
+    @pytest.fixture
+    def more_settings(self) -> dict[str, object]:
+        return {"key_classes": "standard, interactive,batch,exam.2027"}
+
+    def test_a_class_reaches_the_engine(self, world: World, fake: FakeUpstream) -> None:
+        admin = world.client("admin")
+        made = world.client("student").post("/api/keys", json={"name": "k"}).json()
+        assert made["service_class"] == "standard"
+        call = {"authorization": f"Bearer {made['key']}"}
+        for name in ("batch", "interactive", "exam.2027", "standard"):
+            change = admin.patch(f"/api/keys/{made['id']}", json={"service_class": name})
+            assert change.status_code == 200
+            assert change.json()["service_class"] == name
+            body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
+            url = world.url + "/v1/chat/completions"
+            assert httpx2.post(url, json=body, headers=call).status_code == 200
+            assert fake.headers[-1]["x-lectern-class"] == name
+
+    def test_who_may_choose_a_class(self, world: World) -> None:
+        student, teacher, admin = (world.client(who) for who in ("student", "teacher", "admin"))
+        wanted = {"name": "k", "service_class": "interactive"}
+        assert student.post("/api/keys", json=wanted).status_code == 403
+        assert student.get("/api/keys").json() == []
+        own = teacher.post("/api/keys", json=wanted).json()
+        assert own["service_class"] == "interactive"
+        others = student.post("/api/keys", json={"name": "k"}).json()
+        change = {"service_class": "batch"}
+        assert student.patch(f"/api/keys/{others['id']}", json=change).status_code == 403
+        assert teacher.patch(f"/api/keys/{others['id']}", json=change).status_code == 404
+        assert student.get("/api/keys").json()[0]["service_class"] == "standard"
+        assert teacher.patch(f"/api/keys/{own['id']}", json=change).status_code == 200
+        assert admin.patch(f"/api/keys/{others['id']}", json=change).status_code == 200
+        assert student.get("/api/keys").json()[0]["service_class"] == "batch"
+
+    def test_an_administrator_sees_the_keys_of_a_user(self, world: World) -> None:
+        made = world.client("student").post("/api/keys", json={"name": "k"}).json()
+        key = made.pop("key")
+        listed = world.client("admin").get(f"/api/users/{world.users['student'].id}/keys")
+        assert listed.json() == [made]
+        assert key not in listed.text
+
+    @pytest.mark.parametrize("name", ["gold", "", "Standard", "x" * 33])
+    def test_an_unknown_class_is_refused(self, world: World, name: str) -> None:
+        admin = world.client("admin")
+        made = admin.post("/api/keys", json={"name": "k"}).json()
+        for answer in (
+            admin.patch(f"/api/keys/{made['id']}", json={"service_class": name}),
+            admin.post("/api/keys", json={"name": "k", "service_class": name}),
+        ):
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "service_class"
+        assert [key["service_class"] for key in admin.get("/api/keys").json()] == ["standard"]
+
+
+@pytest.mark.parametrize("value", ["", "a,,b", "a b", "x" * 33])
+def test_names_of_classes_are_checked_at_the_start(value: str) -> None:
+    with pytest.raises(ValueError, match="key_classes"):
+        Settings(key_classes=value)

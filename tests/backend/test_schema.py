@@ -10,6 +10,7 @@ from backend import schema
 from backend.courses.models import Course
 from backend.database import Database
 from backend.errors import StartupError
+from backend.keys.models import ApiKey
 from backend.settings import Settings
 
 
@@ -31,6 +32,38 @@ def test_up_down_up(empty_url: str) -> None:
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, schema.metadata) == []
+    database.close()
+
+
+def test_keys_of_an_older_database_become_standard_and_nothing_is_lost(empty_url: str) -> None:
+    database = Database(empty_url)
+    alembic.command.upgrade(schema.alembic_config(database), "0001")
+    with database.write() as session:
+        for statement in (
+            "INSERT INTO users (id, username, display_name, role, password_hash, "
+            "must_change_password, active, created_at) VALUES (1, 'a', 'A', 'student', 'x', "
+            "false, true, CURRENT_TIMESTAMP)",
+            "INSERT INTO api_keys (id, user_id, name, key_hash, prefix, last4, created_at) "
+            "VALUES (7, 1, 'k', 'h', 'sk-', 'abcd', CURRENT_TIMESTAMP)",
+            "INSERT INTO usage_records (id, user_id, key_id, day, source, model, prompt_tokens, "
+            "completion_tokens, estimated, status, created_at) VALUES (1, 1, 7, CURRENT_DATE, "
+            "'gateway', 'm', 3, 4, false, 'complete', CURRENT_TIMESTAMP)",
+        ):
+            session.execute(text(statement))
+    with pytest.raises(StartupError, match="older version"):
+        schema.check(database)
+    schema.migrate(database)
+    schema.check(database)
+    with database.read() as session:
+        [key] = session.execute(select(ApiKey)).scalars()
+        assert (key.id, key.name, key.service_class) == (7, "k", "standard")
+    alembic.command.downgrade(schema.alembic_config(database), "0001")
+    with database.read() as session:
+        kept = session.execute(text("SELECT key_id FROM usage_records")).scalar_one()
+    assert kept == 7
+    assert "service_class" not in {
+        column["name"] for column in inspect(database.engine).get_columns("api_keys")
+    }
     database.close()
 
 

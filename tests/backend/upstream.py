@@ -23,6 +23,7 @@ class FakeUpstream:
     owned_by: str = "lectern"
     has_tokenize: bool = True
     error: tuple[int, dict[str, Any]] | None = None
+    retry_after: str | None = None  # sent with `error`
     cut_after: int | None = None  # break the connection after so many words
     error_after: int | None = None  # an error event after so many words
     metrics: str = ""
@@ -69,7 +70,8 @@ class FakeUpstream:
             self.headers.append(dict(request.headers))
             self.opened += 1
             if self.error is not None:
-                return JSONResponse(self.error[1], status_code=self.error[0])
+                wait = {"Retry-After": self.retry_after} if self.retry_after else None
+                return JSONResponse(self.error[1], status_code=self.error[0], headers=wait)
             if body.get("stream"):
                 return StreamingResponse(self._stream(body), media_type="text/event-stream")
             return await self._whole(request)
