@@ -62,6 +62,21 @@ def up(
     max_model_len: Annotated[
         int, typer.Option(min=0, help="Longest prompt plus answer in tokens; 0: as the model.")
     ] = 0,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="Which waiting prompt the engine serves next: fcfs, priority, lpm, sjf or slo; "
+            "default: that of `lectern serve`."
+        ),
+    ] = "",
+    max_predicted_ttft: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="The engine refuses a request with 429 when its first token is predicted to take "
+            "longer than so many seconds; 0: never.",
+        ),
+    ] = 0,
     upstream: Annotated[
         str,
         typer.Option(help="Address of a running OpenAI-style server; no engine is started then."),
@@ -115,6 +130,7 @@ def up(
                 command += ["--served-model-name", served_model_name]
             if max_model_len:
                 command += ["--max-model-len", str(max_model_len)]
+            command += _service(order, max_predicted_ttft)
             services.append(
                 Service("engine", command, environment, ("127.0.0.1", engine_port, "/health"))
             )
@@ -163,6 +179,15 @@ def _layout(model: str, stages: int, ranks: int, device: str) -> list[str]:
         "--tensor-parallel-size", str(ranks),
         "--device", "cpu" if demo and device == "auto" else device,
     ]  # fmt: skip
+
+
+def _service(order: str, max_predicted_ttft: float) -> list[str]:
+    """Options that say whom the engine serves next and whom it refuses; those not given are its
+    own affair."""
+    options = ["--order", order] if order else []
+    if max_predicted_ttft:
+        options += ["--max-predicted-ttft", str(max_predicted_ttft)]
+    return options
 
 
 def _take_state(state: Path) -> IO[str]:

@@ -108,3 +108,11 @@ def test_the_demo_runs_on_cores_and_models_of_ones_own_where_there_is_room() -> 
     assert layout("demo", 1, 1, "cuda") == {stages: "1", ranks: "1", device: "cuda"}
     assert layout("/models/x", 0, 1, "auto") == {stages: "1", ranks: "1", device: "auto"}
     assert layout("/models/x", 4, 2, "auto") == {stages: "4", ranks: "2", device: "auto"}
+
+
+def test_the_order_of_service_is_passed_on_only_when_it_is_chosen() -> None:
+    assert up._service("", 0) == []
+    assert up._service("slo", 30) == ["--order", "slo", "--max-predicted-ttft", "30"]
+    refused = lectern("serve", "/nowhere", "--port", "0", *up._service("random", 0.5))
+    assert refused.returncode == 2
+    assert "--order" in refused.stderr

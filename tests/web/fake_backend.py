@@ -580,6 +580,7 @@ class FakeBackend:
                 "last_used_at": None,
                 "expires_at": expires.isoformat() if expires else None,
                 "revoked": False,
+                "service_class": "standard",
                 "key": secret,
             }
             self.keys.append(key)

@@ -283,9 +283,11 @@ def test_a_key_is_shown_once(stage: Stage, student: Page) -> None:
     expect(student.get_by_text(re.compile("api_key="))).to_be_visible()
     student.get_by_role("button", name="I have stored it").click()
     expect(shown).to_have_count(0)
+    stage.backend.keys[-1]["service_class"] = "exam.2027"
     student.reload()
     expect(student.get_by_text("my laptop").first).to_be_visible()
     settled(student)
+    expect(student.get_by_text("exam.2027").first).to_be_visible()
     assert key not in student.content()
     assert key not in stage.log.read_text()
     student.get_by_role("button", name="Revoke").first.click()

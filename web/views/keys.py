@@ -123,6 +123,8 @@ def _key_row(viewer: Viewer, key: dict[str, Any]) -> None:
             state = f" :gray-badge[{viewer.t('keys.revoked')}]"
         elif expired:
             state = f" :orange-badge[{viewer.t('keys.expired')}]"
+        if key["service_class"] != "standard":
+            state += f" :violet-badge[{as_text(key['service_class'])}]"
         prefix = str(key["prefix"])
         with st.container(gap=None, width="content"):
             st.markdown(f"**{as_text(key['name'])}**{state} `{prefix}…{key['last4']}`")
