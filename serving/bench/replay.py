@@ -19,8 +19,11 @@ from serving.errors import OverloadedError
 from serving.traces import Trace
 from serving.traces.prompts import prompt_tokens, uncached_tokens
 
-#: Lengths of the lone prefills that are timed, as far as they are below the longest.
-OWN_LENGTHS = (16, 256, 1024, 4096, 16384, 65536)
+#: Lengths of the lone prefills that are timed, as far as they are below the longest. A line between
+#: a length and its double is at most an eighth above a time that grows with the square.
+OWN_LENGTHS = (16, *(1 << power for power in range(8, 18)))
+#: A lone prefill that took longer is not run again.
+LONG_PREFILL_S = 20.0
 #: From one rate to the next as long as all were good, or all bad.
 RATE_STEP = 1.5
 
@@ -53,10 +56,7 @@ class Wishes:
 
 
 async def time_prefills(target: Target, longest: int, vocab_size: int, salt: str) -> Points:
-    """(tokens, seconds to the first token) of prompts that are alone, the better of two each.
-
-    A prompt that takes longer than five seconds is not run again.
-    """
+    """(tokens, seconds to the first token) of prompts that are alone, the better of two each."""
     random = np.random.default_rng(11)
     points = []
     for tokens in [*(length for length in OWN_LENGTHS if length < longest), longest]:
@@ -66,7 +66,7 @@ async def time_prefills(target: Target, longest: int, vocab_size: int, salt: str
             began = asyncio.get_running_loop().time()
             times = await target.ask(prompt, 1, salt=salt)
             best = min(best, times.first - began)
-            if best > 5.0:
+            if best > LONG_PREFILL_S:
                 break
         points.append((tokens, best))
     return points

@@ -110,16 +110,16 @@ def test_progress() -> None:
 
 def test_lone_prefills_are_timed() -> None:
     async def work() -> tuple[list[tuple[int, float]], OneByOne]:
-        target = OneByOne()
+        target = OneByOne(token_s=0.005)
         return await time_prefills(target, 6000, 500, "s"), target
 
     points, target = run_virtually(work())
-    assert [tokens for tokens, _ in points] == [16, 256, 1024, 4096, 6000]
-    assert [seconds for _, seconds in points] == pytest.approx([0.016, 0.256, 1.024, 4.096, 6.0])
-    # The longest takes too long for a second time.
-    assert [len(prompt) for _, prompt, *_ in target.asked] == [
-        16, 16, 256, 256, 1024, 1024, 4096, 4096, 6000,
-    ]  # fmt: skip
+    lengths = [16, 256, 512, 1024, 2048, 4096, 6000]
+    assert [tokens for tokens, _ in points] == lengths
+    assert [seconds for _, seconds in points] == pytest.approx([0.005 * one for one in lengths])
+    # The longest two take too long for a second time.
+    asked = [len(prompt) for _, prompt, *_ in target.asked]
+    assert asked == sorted([*lengths, *lengths[:5]])
     assert all(one[2] == 1 and one[3] is None and one[4] == "s" for one in target.asked)
     prompts = [tuple(prompt) for _, prompt, *_ in target.asked]
     assert len(set(prompts)) == len(prompts)  # nothing is in a cache
