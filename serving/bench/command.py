@@ -94,7 +94,7 @@ def bench(
         int, typer.Option(help="For --goodput: how many rates are tried at most.")
     ] = 5,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a load on standard output.")
+        bool, typer.Option("--json", help="One JSON object a row on standard output.")
     ] = False,
     url: Annotated[
         str,
@@ -117,7 +117,10 @@ def bench(
     ] = 2048,
     max_model_len: Annotated[
         int,
-        typer.Option(help="Context; 0: 12288 as the peer's, or what fixed loads need."),
+        typer.Option(
+            help="Context; 0: 12288 as the peer's, or what fixed loads need; for a trace what its "
+            "longest request needs, as far as the model goes."
+        ),
     ] = 0,
     kv_memory: Annotated[
         str,
