@@ -153,6 +153,7 @@ class Sequence:
         "cached",
         "ended",
         "hashes",
+        "hit_pages",
         "order_key",
         "pages",
         "preemptions",
@@ -174,6 +175,7 @@ class Sequence:
         self.hashes: list[bytes] = []  # chained keys of its first full pages
         self.registered = 0  # of them, how many pages were offered to the prefix cache
         self.cached = 0
+        self.hit_pages = 0  # full pages that the cache held when it was last looked at
         self.preemptions = 0
         self.ended = False
 

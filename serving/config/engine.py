@@ -55,8 +55,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     cache_eviction: Literal["lru", "fifo"] = "lru"
     order: Literal["fcfs", "priority", "lpm", "sjf", "slo"] = "fcfs"
     order_window: int = 64
-    oldest_share: float = 0.1
-    oldest_age: float = 10.0
+    oldest_share: float = 0.05
+    oldest_age: float = 60.0
     fairness_tokens: int = 16384
     max_predicted_ttft: float | None = None
     schedule_policy: Literal["auto", "throttle", "classic", "steady"] = "auto"

@@ -22,6 +22,7 @@ from serving.messages import (
     EngineStats,
     Progress,
     Ready,
+    Refused,
     StageFailed,
     StageSeconds,
     StageStats,
@@ -58,6 +59,8 @@ class Driver:
         self._stages = [StageSeconds() for _ in range(spec.layout.num_stages)]
         self._batches: list[tuple[int, int]] = []
         self._timings = StepTimings(spec.layout)
+        # Whether anything depends on how long micro-batches will take.
+        self._looks_ahead = spec.config.order == "slo" or bool(spec.config.max_predicted_ttft)
         self._measured: tuple[str, list[str], str] | None = None
         self._told_at = 0.0
         self._untold = True
@@ -92,13 +95,30 @@ class Driver:
                 message = self._decoder.decode(self._arrivals.recv(zmq.NOBLOCK))
                 self._untold = True
                 if isinstance(message, Submit):
-                    self._scheduler.submit(message.request, now)
+                    self._take(message.request, now)
                 elif isinstance(message, Abort):
                     self._scheduler.abort(message.stream)
                 elif isinstance(message, Stop):
                     self._stopping = True
         except zmq.Again:
             return
+
+    def _take(self, request: Request, now: float) -> None:
+        """Queue a request, or refuse it when its first token would come too late.
+
+        A prompt that takes longer than the limit by itself is refused only while it would have to
+        wait as long again, so that there is a time at which it is taken.
+        """
+        scheduler = self._scheduler
+        sequence = scheduler.submit(request, now)
+        limit = self._spec.config.max_predicted_ttft
+        if limit is None:
+            return
+        ttft = scheduler.predicted_ttft(sequence, now)
+        limit = max(limit, 2 * scheduler.outlook.seconds(sequence))
+        if ttft > limit:
+            scheduler.withdraw(sequence)
+            self.tell(StepOutputs(refused=[Refused(request.stream, ttft, ttft - limit)]))
 
     def _send_next_plan(self) -> bool:
         """Choose one micro-batch and send its plan; tells whether there was one."""
@@ -125,7 +145,9 @@ class Driver:
             self._wait_for_news()
         for message in self._group.receive():
             if isinstance(message, StepResult):
-                _, outputs = self._completion.finish(message)
+                batch, outputs = self._completion.finish(message)
+                if self._looks_ahead:
+                    self._timings.returned(batch, time.monotonic())
                 if outputs.streams or outputs.ended:
                     self.tell(outputs)
                 self._untold = True
@@ -207,7 +229,9 @@ class Driver:
         self._measured = (spec.config.name, self._group.devices, self._group.dtype)
         self._timings.load(*self._measured)
         self._group.wait_started(limits.num_pages, limits.max_model_len)
-        self._scheduler = Scheduler(spec.config, limits.num_pages, limits.max_model_len)
+        self._scheduler = Scheduler(
+            spec.config, limits.num_pages, limits.max_model_len, self._timings.slowest
+        )
         self._completion = Completion(self._scheduler, spec.eos_token_ids)
         self._poller = zmq.Poller()
         self._poller.register(self._arrivals, zmq.POLLIN)

@@ -133,6 +133,20 @@ class PagePool:
             pages.append(page.number)
         return pages
 
+    def covered(self, keys: Sequence[bytes], most: int, known: int) -> int:
+        """About how many of the first `most` keys are registered in one run from the start.
+
+        `known` is what was found last time; only its end is looked at again, so this is cheap. For
+        orders and predictions: `lookup` says what is true.
+        """
+        count = min(known, most)
+        registered = self._registered
+        while count and keys[count - 1] not in registered:
+            count -= 1
+        while count < most and keys[count] in registered:
+            count += 1
+        return count
+
     def num_unused(self, pages: Iterable[int]) -> int:
         """How many of these pages nobody holds, so that holding them makes fewer available."""
         return sum(1 for page in pages if self._holders[page] == 0)

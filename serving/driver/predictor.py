@@ -127,6 +127,11 @@ class StagePredictor:
         self._known = True
 
     @property
+    def known(self) -> bool:
+        """Whether there is anything to predict from."""
+        return self._known
+
+    @property
     def coefficients(self) -> Vector:
         """Seconds by feature: those of one layer, then those of the head. Never negative.
 

@@ -14,9 +14,11 @@ import numpy as np
 from serving.config.engine import EngineConfig
 from serving.core import Admission, MicroBatch, Request, Sequence, StepPlan
 from serving.driver.order import make_order
+from serving.driver.outlook import Outlook, StepSeconds
 from serving.driver.pages import PagePool, extend_chain
 from serving.driver.reserve import Reserve
 from serving.driver.slots import Int64s, SlotTable
+from serving.driver.step_clock import StepClock
 from serving.driver.throttle import Load, make_throttle
 from serving.messages import Admitted
 
@@ -46,10 +48,17 @@ class Scheduler:
     """State of all sequences, and the choice of what runs next.
 
     `depth` micro-batches may be in flight, one more than there are stages, so that every stage
-    holds the plan of its next micro-batch before it finished the last.
+    holds the plan of its next micro-batch before it finished the last. `step_seconds` predicts how
+    long the slowest stage takes for a micro-batch; by default nothing is known of that.
     """
 
-    def __init__(self, config: EngineConfig, num_pages: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        max_model_len: int,
+        step_seconds: StepSeconds = lambda _: None,
+    ) -> None:
         self.stages = config.pipeline_parallel_size
         self.depth = self.stages + 1
         self.page_size = config.page_size
@@ -59,7 +68,14 @@ class Scheduler:
         self.pool = PagePool(
             num_pages, config.page_size, evict_fifo=config.cache_eviction == "fifo"
         )
-        self.order = make_order(config.order)
+        self.outlook = Outlook(
+            self.slots,
+            self.pool,
+            caching=self.caching,
+            max_tokens=config.max_num_batched_tokens,
+            step_seconds=step_seconds,
+        )
+        self.order = make_order(config, self.outlook)
         self.throttle = make_throttle(config)
         self.reserve = Reserve(config.page_size)
         self.in_flight: deque[MicroBatch] = deque()
@@ -85,6 +101,11 @@ class Scheduler:
         self.order.push(sequence)
         self._waiting_tokens += len(sequence.tokens)
         return sequence
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Take back a sequence that was submitted just now, as if it had never come."""
+        del self.streams[sequence.request.stream]
+        self._forget_prefill(sequence)
 
     def abort(self, stream: int) -> None:
         """Take a sequence out of the next plan. Unknown and ended streams are no error."""
@@ -139,7 +160,7 @@ class Scheduler:
         budget = self.throttle.budget(self._load(len(ready)))
         decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         prefills, lengths = self._take_prefills(
-            budget.prefill_tokens, self.max_rows - len(decodes), draft, now
+            budget.prefill_tokens, self.max_rows - len(decodes), draft, now, decodes
         )
         if not len(decodes) and not prefills and waiting:
             # Nothing else to do: the stages may as well hold this plan while they wait.
@@ -156,7 +177,9 @@ class Scheduler:
             decodes = self._take_decodes(ready, len(ready), draft)[:most]
             if not len(decodes):
                 allowance = budget.prefill_tokens + budget.decode_rows
-                prefills, lengths = self._take_prefills(allowance, self.max_rows, draft, now)
+                prefills, lengths = self._take_prefills(
+                    allowance, self.max_rows, draft, now, _NOTHING
+                )
         return self._commit(decodes, prefills, lengths, draft)
 
     def _ready(self) -> tuple[Int64s, bool]:
@@ -272,7 +295,7 @@ class Scheduler:
             self.order.discard(sequence)
 
     def _take_prefills(
-        self, budget: int, rows: int, draft: Draft, now: float
+        self, budget: int, rows: int, draft: Draft, now: float, decodes: Int64s
     ) -> tuple[list[int], list[int]]:
         """Prefill chunks in the order of service, admitting sequences as slots and pages allow."""
         taken: list[int] = []
@@ -281,22 +304,80 @@ class Scheduler:
             return taken, lengths
         slots = self.slots
         # When the next in order cannot enter, nobody behind it may, but who is in goes on.
-        entered = int(np.count_nonzero(slots.alive & ~slots.decoding))
+        half_done = np.flatnonzero(slots.alive & ~slots.decoding)
+        entered = len(half_done)
+        held = int(slots.num_pages[half_done].sum())
+        clock: StepClock | None = None
+        if self.order.keeps_targets and len(decodes):
+            new = decodes[np.isinf(slots.decoding_since[decodes])]
+            slots.decoding_since[new] = now
+            clock = StepClock(self.outlook.step_seconds, slots, decodes, self.stages, now)
         full = False
         for sequence in self.order.ranked(now):
             if budget <= 0 or len(taken) >= rows or (full and not entered):
                 break
             if sequence.slot >= 0:
                 entered -= 1
-            elif full or not self._admit(sequence, draft):
+            elif full or not self._may_begin(sequence, held, budget):
+                continue
+            elif not self._admit(sequence, draft):
                 full = True
                 continue
+            else:
+                held += len(sequence.pages)
             slot = sequence.slot
-            length = min(budget, int(slots.target[slot] - slots.planned[slot]))
+            left = int(slots.target[slot] - slots.planned[slot])
+            length = min(budget, left)
+            if clock is not None:
+                length = clock.fitting(length, int(slots.planned[slot]), left, first=not taken)
+                if not length:
+                    break
             taken.append(slot)
             lengths.append(length)
             budget -= length
+            if length == left:
+                held -= len(sequence.pages)
         return taken, lengths
+
+    def _may_begin(self, sequence: Sequence, held: int, budget: int) -> bool:
+        """Whether a prompt may be begun beside others that are half done and hold so many pages.
+
+        Half-done prompts hold pages for nothing, so together they may have half of all. A prompt
+        whose next page is being computed for another one waits for it, as it then has to compute
+        less.
+        """
+        if self.order.keeps_targets:
+            self.outlook.look(sequence)
+            if self._is_computed_now(sequence):
+                return False
+        if not held or self.outlook.left(sequence)[0] <= budget:
+            return True
+        pages = -(-len(sequence.tokens) // self.page_size)
+        return 2 * (held + pages) <= self.pool.num_pages
+
+    def _is_computed_now(self, sequence: Sequence) -> bool:
+        """Whether a prompt in work is computing the page after those that the cache has."""
+        if not self.caching:
+            return False
+        hits = sequence.hit_pages
+        if hits >= len(sequence.hashes):
+            return False
+        slots = self.slots
+        for slot in np.flatnonzero(slots.alive & (slots.confirmed < slots.target)):
+            other = slots[int(slot)]
+            soon = other.registered <= hits < len(other.hashes)
+            if soon and other.hashes[hits] == sequence.hashes[hits]:
+                return True
+        return False
+
+    def predicted_ttft(self, sequence: Sequence, now: float) -> float:
+        """Seconds until a waiting sequence's first token, if nobody else comes."""
+        ahead = 0.0
+        for other in self.order.ranked(now):
+            ahead += self.outlook.seconds(other)
+            if other is sequence:
+                break
+        return ahead
 
     def _admit(self, sequence: Sequence, draft: Draft) -> bool:
         """Give a slot and the pages of all its known tokens, after the prefix hit; or False."""
@@ -379,6 +460,8 @@ class Scheduler:
             slots.planned[chunk_slots] += chunk_lengths
             self._waiting_tokens -= int(chunk_lengths.sum())
             self._entered_tokens -= int(chunk_lengths.sum())
+            for slot, length in zip(prefills, lengths, strict=True):
+                self.order.served(slots[slot], length)
             whole = chunk_slots[slots.planned[chunk_slots] == slots.target[chunk_slots]]
             for slot in whole:
                 self.order.discard(slots[int(slot)])
@@ -392,6 +475,8 @@ class Scheduler:
         self._next_number += 1
         self._turn += 1
         self.reserve.note_micro_batch()
+        self.order.decoded(decodes)
+        self.outlook.note_micro_batch()
         plan = StepPlan(
             number=batch.number,
             epoch=self.epoch,

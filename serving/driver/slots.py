@@ -22,7 +22,8 @@ class SlotTable:
     in flight. confirmed: tokens whose KV every stage has written. target: `known` at admission,
     the end of prefill. limit: prompt + max_tokens, the most tokens the sequence may have.
     in_flight: micro-batches in flight that name the slot. runs_to_limit: nothing ends the sequence
-    before its limit.
+    before its limit. tpot: seconds that its tokens may be apart, infinite without a target.
+    decoding_since: when the first of its decodes was planned, in seconds, and infinite before.
     """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
@@ -43,6 +44,8 @@ class SlotTable:
         self.num_pages: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.planned_in: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.stream: Int64s = np.zeros(num_slots, dtype=np.int64)
+        self.tpot = np.full(num_slots, np.inf)
+        self.decoding_since = np.full(num_slots, np.inf)
         self.alive = np.zeros(num_slots, dtype=np.bool_)
         self.decoding = np.zeros(num_slots, dtype=np.bool_)
         self.heeds_eos = np.zeros(num_slots, dtype=np.bool_)
@@ -76,6 +79,9 @@ class SlotTable:
         self.num_pages[slot] = len(sequence.pages)
         self.planned_in[slot] = -1
         self.stream[slot] = request.stream
+        tpot = request.service.tpot
+        self.tpot[slot] = np.inf if tpot is None else tpot
+        self.decoding_since[slot] = np.inf
         self.alive[slot] = True
         self.decoding[slot] = False
         self.heeds_eos[slot] = not params.ignore_eos

@@ -47,6 +47,10 @@ class StepTimings:
             for stage in range(last + 1)
         ]
         self._pending: dict[int, tuple[StepFeatures, int]] = {}
+        #: Of the time between two results, which is that of the slowest stage while all are busy:
+        #: for stages that report no times.
+        self._between = StagePredictor(1, has_head=True)
+        self._last_result = 0.0
 
     @property
     def errors(self) -> list[float | None]:
@@ -58,6 +62,20 @@ class StepTimings:
         if len(self._pending) >= _MOST_PENDING:  # no stage reports times
             self._pending.pop(next(iter(self._pending)))
         self._pending[batch.number] = (StepFeatures.of(batch, slots), len(self.predictors))
+
+    def returned(self, batch: MicroBatch, now: float) -> None:
+        """The result of a micro-batch came."""
+        found = self._pending.get(batch.number)
+        waited = batch.sent_at < self._last_result
+        if found is not None and (waited or len(self.predictors) == 1):
+            self._between.observe(found[0], now - max(batch.sent_at, self._last_result))
+        self._last_result = now
+
+    def slowest(self, features: StepFeatures) -> float | None:
+        """Predicted seconds of the slowest stage; None while nothing is known of some stage."""
+        if all(predictor.known for predictor in self.predictors):
+            return max(predictor.predict(features) for predictor in self.predictors)
+        return self._between.predict(features) if self._between.known else None
 
     def took(self, stage: int, steps: list[tuple[int, float]]) -> None:
         """A stage worked so many seconds on each of these micro-batches."""

@@ -6,6 +6,7 @@ as soon as it is planned: no event queue is needed beyond arrivals and results.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.config.engine import EngineConfig
+from serving.config.service import Service
 from serving.core import Layout, MicroBatch, Request, SamplingParams
 from serving.driver.completion import Completion
 from serving.driver.predictor import StepFeatures
@@ -25,15 +27,20 @@ from serving.messages import StageSeconds, StepResult
 from serving.simulation.profile import Profile
 
 _EOS, _WORD = 0, 1
+_BEST_EFFORT = Service()
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request: seconds from the start, prompt ids (int32), tokens of the answer."""
+    """A request: seconds from the start, prompt ids (int32), tokens of the answer, its targets,
+    and the seconds of its own uncached prefill.
+    """
 
     at: float
     prompt: NDArray[np.int32]
     tokens_out: int
+    service: Service = _BEST_EFFORT
+    own: float = math.nan
 
 
 @dataclass
@@ -83,8 +90,8 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self.profile = profile
-        self.scheduler = Scheduler(config, num_pages, max_model_len)
-        self.layout = _layout(profile, config)
+        self.layout = layout_of(profile, config)
+        self.scheduler = Scheduler(config, num_pages, max_model_len, self._slowest)
         self._completion = Completion(self.scheduler, [_EOS])
         self._known_lengths = known_lengths
         self._longest_answer = longest_answer
@@ -155,9 +162,21 @@ class Pipeline:
             )
         params = SamplingParams(max_tokens=most, seed=0, ignore_eos=self._known_lengths)
         request = Request(
-            stream=index, prompt=arrival.prompt.tobytes(), params=params, max_tokens=most
+            stream=index,
+            prompt=arrival.prompt.tobytes(),
+            params=params,
+            max_tokens=most,
+            service=arrival.service,
         )
         self.scheduler.submit(request, arrival.at)
+
+    def _slowest(self, features: StepFeatures) -> float:
+        """Seconds of the slowest stage, as the driver would predict them."""
+        layout, last = self.layout, self.layout.num_stages - 1
+        return max(
+            self.profile.stage_seconds(features, len(layout.layers(stage)), last=stage == last)
+            for stage in range(last + 1)
+        )
 
     def _send(self, batch: MicroBatch, now: float) -> None:
         """Let a micro-batch go through all stages."""
@@ -211,7 +230,7 @@ class Pipeline:
             self._ended += 1
 
 
-def _layout(profile: Profile, config: EngineConfig) -> Layout:
+def layout_of(profile: Profile, config: EngineConfig) -> Layout:
     counts, stages = config.layer_layout, config.pipeline_parallel_size
     if stages > profile.layers or (counts is not None and sum(counts) != profile.layers):
         raise ConfigError(

@@ -16,8 +16,10 @@ import msgspec
 import numpy as np
 
 from serving.config.engine import EngineConfig
+from serving.config.service import Service
 from serving.core import Request, SamplingParams, StepPlan
 from serving.driver.completion import Completion
+from serving.driver.outlook import StepSeconds
 from serving.driver.scheduler import Scheduler
 from serving.messages import StepResult
 from serving.stage.mirror import Mirror, Rows
@@ -84,10 +86,16 @@ class FakeModel:
 class FakeEngine:
     """Scheduler, completion and fake stages in one process; the test says when what happens."""
 
-    def __init__(self, num_pages: int = 64, max_model_len: int = 128, **settings: object) -> None:
+    def __init__(
+        self,
+        num_pages: int = 64,
+        max_model_len: int = 128,
+        step_seconds: StepSeconds = lambda _: None,
+        **settings: object,
+    ) -> None:
         defaults: dict[str, object] = {"page_size": 4, "max_num_seqs": 8}
         self.config = EngineConfig(model=Path("fake"), **(defaults | settings))  # type: ignore[arg-type]
-        self.scheduler = Scheduler(self.config, num_pages, max_model_len)
+        self.scheduler = Scheduler(self.config, num_pages, max_model_len, step_seconds)
         self.completion = Completion(self.scheduler, [EOS])
         self.model = FakeModel(self.config, num_pages, max_model_len)
         self.plans: deque[StepPlan] = deque()
@@ -98,7 +106,14 @@ class FakeEngine:
         self.stop_tokens: dict[int, int | None] = {}
         self.params: dict[int, tuple[list[int], SamplingParams]] = {}
 
-    def submit(self, prompt: list[int], salt: str = "", **params: object) -> int:
+    def submit(
+        self,
+        prompt: list[int],
+        salt: str = "",
+        service: Service | None = None,
+        now: float = 0.0,
+        **params: object,
+    ) -> int:
         stream = len(self.params) + 1
         sampling = SamplingParams(**({"max_tokens": 8} | params))  # type: ignore[arg-type]
         assert sampling.max_tokens is not None
@@ -111,14 +126,15 @@ class FakeEngine:
                 params=sampling,
                 max_tokens=sampling.max_tokens,
                 cache_salt=salt,
+                service=service or Service(),
             ),
-            now=0.0,
+            now=now,
         )
         return stream
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, now: float = 0.0) -> StepPlan | None:
         """Let the scheduler choose once; the plan is queued for the stages."""
-        choice = self.scheduler.choose(0.0)
+        choice = self.scheduler.choose(now)
         if choice is None:
             return None
         batch, plan = choice

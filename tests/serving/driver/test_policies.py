@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serving.config.engine import EngineConfig
 from serving.core import Request, SamplingParams, Sequence
-from serving.driver.order import make_order
+from serving.driver.order.fcfs import FirstComeFirstServed
 from serving.driver.throttle import Budget, Load, Throttle, TokenThrottle, even_share, make_throttle
 
 
@@ -27,7 +27,7 @@ def sequence(order_key: int) -> Sequence:
 
 
 def test_first_come_first_served_keeps_the_place_of_the_preempted() -> None:
-    order = make_order("fcfs")
+    order = FirstComeFirstServed()
     sequences = [sequence(key) for key in range(50)]
     expected: list[int] = []
     source = random.Random(5)

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.config.engine import ORDERS
+from serving.config.service import Service, TtftTarget
 from serving.core import SamplingParams
 from serving.errors import EngineDeadError
 from serving.messages import StepResult
@@ -314,6 +316,7 @@ WORK = st.lists(
     eviction=st.sampled_from(["lru", "fifo"]),
     policy=st.sampled_from(["classic", "throttle", "steady"]),
     max_batched=st.sampled_from([None, 1, 2]),
+    order=st.sampled_from(ORDERS),
     seed=st.integers(0, 10_000),
 )
 def test_any_load_in_any_interleaving(
@@ -326,6 +329,7 @@ def test_any_load_in_any_interleaving(
     eviction: Any,
     policy: str,
     max_batched: int | None,
+    order: str,
     seed: int,
 ) -> None:
     """Arrivals, aborts, plans and results in random order: budgets hold, all finish, all is right.
@@ -345,7 +349,14 @@ def test_any_load_in_any_interleaving(
         max_num_batched_rows=max_batched,
         prefill_spread=seed % 20 + 1,
         prefill_floor=1 + seed % 7,
+        order=order,
+        order_window=1 + seed % 5,
+        oldest_age=0.5,
+        oldest_share=seed % 3 / 2,
+        fairness_tokens=1 + seed % 40,
+        step_seconds=lambda step: 0.01 * (1 + step.new_tokens) + 0.002 * step.decode_rows,
     )
+    now = 0.0
     waiting = list(work)
     to_abort: list[int] = []
     while waiting or engine.scheduler.streams or engine.plans:
@@ -353,13 +364,23 @@ def test_any_load_in_any_interleaving(
         if waiting and event < 0.25:
             length, max_tokens, shares, salt, fate = waiting.pop()
             prompt = [(index * 7 + (0 if shares else length)) % 50 for index in range(length)]
-            stream = engine.submit(prompt, salt=salt, max_tokens=max_tokens)
+            service = Service(
+                tenant=source.choice(["", "a", "b"]),
+                program=source.choice(["", "run"]),
+                priority=source.randrange(3),
+                ttft=source.choice([None, TtftTarget(0.05), TtftTarget(0.01, 0.01, 2.0)]),
+                tpot=source.choice([None, 0.01, 0.1]),
+            )
+            stream = engine.submit(
+                prompt, salt=salt, service=service, now=now, max_tokens=max_tokens
+            )
             if fate == "abort":
                 to_abort.append(stream)
         elif to_abort and event < 0.32:
             engine.scheduler.abort(to_abort.pop())
         elif event < 0.7:
-            plan = engine.plan()
+            now += 0.02
+            plan = engine.plan(now)
             if plan is not None:
                 lengths = [
                     int.from_bytes(plan.prefill_lens[i : i + 4], "little")

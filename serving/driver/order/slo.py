@@ -1,0 +1,256 @@
+"""Order for the share of requests that meet their targets.
+
+What decides, first to last:
+
+1. Fairness: prompts of tenants that are too far ahead come behind all others (`fairness.py`).
+2. The lane: a share of the prompt tokens goes to the oldest prompt above an age limit.
+3. Deadlines: as many prompts as possible get their first token in time, by prediction. That set is
+   Moore's and Hodgson's (1968): go through the prompts by deadline, and when one would be late,
+   leave out the longest so far. Whoever is left out, or has no target, comes behind.
+4. Shortest remaining prefill: of those that will be in time, the shortest goes first that makes no
+   other one late; those behind are served shortest first.
+
+All of it is decided again for every micro-batch, since the remaining prefill shrinks with each
+chunk and with what the prefix cache takes in. Only the oldest prompts, a window that grows with the
+queue, are put in order; behind it they stay by arrival.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.core import Sequence
+from serving.driver.order.base import Order
+from serving.driver.order.fairness import Deficits
+from serving.driver.outlook import Outlook
+from serving.driver.slots import Int64s
+
+#: Prompts whose share of the cache is looked up again for a micro-batch, in turn.
+_LOOKS = 8
+#: Calls of a program age together as long as none of its gaps is longer, in seconds.
+_PROGRAM_GAP = 600.0
+
+
+@dataclass
+class _Entry:
+    """A prompt in the queue. `since` is when its age begins, `deadline` when it is due."""
+
+    sequence: Sequence
+    since: float
+    deadline: float
+    seconds: float = 0.0
+    version: int = -1
+
+
+@dataclass
+class _Program:
+    since: float
+    last: float
+
+
+class SloOrder(Order):
+    """`window` prompts, and half of those beyond, are put in order. The lane has `oldest_share` of
+    the prompt tokens while the oldest prompt is older than `oldest_age` seconds. `lead` is how far
+    a tenant may be ahead, in weighted tokens.
+    """
+
+    keeps_targets = True
+
+    def __init__(
+        self,
+        outlook: Outlook,
+        num_slots: int,
+        *,
+        window: int,
+        oldest_share: float,
+        oldest_age: float,
+        lead: int,
+    ) -> None:
+        self._outlook = outlook
+        self._window = window
+        self._share = oldest_share
+        self._age = oldest_age
+        self.deficits = Deficits(lead)
+        self._entries: list[_Entry] = []  # by arrival
+        self._keys: list[int] = []  # their ranks of arrival
+        self._credit = 0.0  # prompt tokens that the lane has coming
+        self._aged = False  # whether anybody is old enough for the lane
+        self._oldest: Sequence | None = None  # whom the lane serves in this micro-batch
+        self._turn = 0
+        self._programs: dict[tuple[str, str], _Program] = {}
+        self._slot_tenant = [""] * num_slots
+
+    # ---- the queue
+
+    def push(self, sequence: Sequence) -> None:
+        service = sequence.request.service
+        outlook = self._outlook
+        outlook.look(sequence)
+        deadline = math.inf
+        if service.ttft is not None:
+            tokens, before = outlook.left(sequence)
+            own = outlook.alone(tokens, before)
+            deadline = sequence.arrival + service.ttft.of(sequence.prompt_len, own)
+        entry = _Entry(sequence, self._since(sequence), deadline)
+        place = bisect_left(self._keys, sequence.order_key)
+        self._keys.insert(place, sequence.order_key)
+        self._entries.insert(place, entry)
+        self.deficits.enter(service.tenant)
+
+    def discard(self, sequence: Sequence) -> None:
+        place = bisect_left(self._keys, sequence.order_key)
+        if place < len(self._keys) and self._keys[place] == sequence.order_key:
+            del self._keys[place], self._entries[place]
+            self.deficits.leave(sequence.request.service.tenant)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _since(self, sequence: Sequence) -> float:
+        """When the age of a sequence begins: with the first call of its program."""
+        service = sequence.request.service
+        if not service.program:
+            return sequence.arrival
+        at = sequence.arrival
+        programs = self._programs
+        if len(programs) >= 4096:
+            gone = [key for key, one in programs.items() if at - one.last > _PROGRAM_GAP]
+            for key in gone or [next(iter(programs))]:
+                del programs[key]
+        program = programs.get((service.tenant, service.program))
+        if program is None or at - program.last > _PROGRAM_GAP:
+            program = programs[service.tenant, service.program] = _Program(at, at)
+        program.last = max(program.last, at)
+        return min(program.since, at)
+
+    # ---- what was served
+
+    def served(self, sequence: Sequence, tokens: int) -> None:
+        tenant = sequence.request.service.tenant
+        self.deficits.charge(tenant, prompt=tokens)
+        self._slot_tenant[sequence.slot] = tenant
+        if self._aged:
+            self._credit += self._share * tokens
+            if sequence is self._oldest:
+                self._credit -= tokens
+
+    def decoded(self, slots: Int64s) -> None:
+        if len(self.deficits.served) > 1:
+            rows = Counter(self._slot_tenant[slot] for slot in slots.tolist())
+            for tenant, count in rows.items():
+                self.deficits.charge(tenant, answer=count)
+
+    # ---- the choice
+
+    def ranked(self, now: float) -> Iterator[Sequence]:
+        entries = self._entries
+        if len(entries) < 2:
+            return iter([entry.sequence for entry in entries])
+        return self._ranked(now)
+
+    def _ranked(self, now: float) -> Iterator[Sequence]:
+        self._refresh()
+        entries, behind = self._entries, []
+        ahead = self.deficits.ahead()
+        if ahead:
+            behind = [e for e in entries if e.sequence.request.service.tenant in ahead]
+            entries = [e for e in entries if e.sequence.request.service.tenant not in ahead]
+        self._oldest = None
+        oldest = min(entries, key=lambda entry: entry.since)
+        self._aged = now - oldest.since > self._age
+        if not self._aged:
+            self._credit = 0.0
+        elif self._credit > 0:
+            self._oldest = oldest.sequence
+            yield oldest.sequence
+            entries = [entry for entry in entries if entry is not oldest]
+        window = self._window + max(0, len(entries) - self._window) // 2
+        inside = entries[:window]
+        deadlines = np.array([entry.deadline for entry in inside])
+        seconds = np.array([entry.seconds for entry in inside])
+        for place in in_time_then_shortest(now, deadlines, seconds):
+            yield inside[place].sequence
+        for entry in entries[window:]:
+            yield entry.sequence
+        served = self.deficits.served
+        behind.sort(key=lambda entry: served[entry.sequence.request.service.tenant])
+        for entry in behind:
+            yield entry.sequence
+
+    def _refresh(self) -> None:
+        """Reckon again what may have changed: prices, prompts in work, a few hits in turn."""
+        outlook, entries = self._outlook, self._entries
+        version = outlook.version
+        for entry in entries:
+            if entry.version != version or entry.sequence.slot >= 0:
+                entry.seconds = outlook.seconds(entry.sequence)
+                entry.version = version
+        count = len(entries)
+        for step in range(min(_LOOKS, count)):
+            entry = entries[(self._turn + step) % count]
+            outlook.look(entry.sequence)
+            entry.seconds = outlook.seconds(entry.sequence)
+        self._turn += _LOOKS
+
+
+def in_time_then_shortest(
+    now: float, deadlines: NDArray[np.float64], seconds: NDArray[np.float64]
+) -> Iterator[int]:
+    """Places of prompts in the order of steps 3 and 4 above, each reckoned when asked for.
+
+    `deadlines` and remaining `seconds` by place; places are ranks of arrival and break ties. No
+    other order has more prompts done by their deadlines when they are done one after the other.
+    """
+    by_deadline = np.argsort(deadlines, kind="stable")
+    targeted = int(np.count_nonzero(deadlines < math.inf))
+    chosen, left_out = _most_in_time(now, deadlines, seconds, by_deadline[:targeted])
+    spare = deadlines[chosen] - (now + np.cumsum(seconds[chosen]))
+    lengths = seconds[chosen]
+    while len(chosen):
+        # Whoever goes first delays those of earlier deadlines by its own time.
+        least = np.minimum.accumulate(spare)
+        may = np.ones(len(chosen), dtype=np.bool_)
+        may[1:] = lengths[1:] <= least[:-1]
+        candidates = np.flatnonzero(may)
+        shortest = lengths[candidates]
+        first = candidates[np.flatnonzero(shortest == shortest.min())]
+        pick = int(first[np.argmin(chosen[first])])
+        yield int(chosen[pick])
+        spare[:pick] -= lengths[pick]
+        keep = np.arange(len(chosen)) != pick
+        chosen, spare, lengths = chosen[keep], spare[keep], lengths[keep]
+    rest = np.sort(np.concatenate((left_out, by_deadline[targeted:])))
+    for place in rest[np.argsort(seconds[rest], kind="stable")]:
+        yield int(place)
+
+
+def _most_in_time(
+    now: float,
+    deadlines: NDArray[np.float64],
+    seconds: NDArray[np.float64],
+    by_deadline: Int64s,
+) -> tuple[Int64s, Int64s]:
+    """The most prompts that can all be in time, by deadline, and the others (Moore, Hodgson)."""
+    ends = now + np.cumsum(seconds[by_deadline])
+    if (ends <= deadlines[by_deadline]).all():
+        return by_deadline, by_deadline[:0]
+    longest: list[tuple[float, int]] = []
+    out: set[int] = set()
+    at = now
+    for place in by_deadline.tolist():
+        heapq.heappush(longest, (-float(seconds[place]), -place))
+        at += float(seconds[place])
+        if at > deadlines[place]:
+            length, number = heapq.heappop(longest)
+            at += length
+            out.add(-number)
+    kept = np.array([place not in out for place in by_deadline.tolist()], dtype=np.bool_)
+    return by_deadline[kept], by_deadline[~kept]
