@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,40 @@ def simulate(
             "cost; off keeps the layout."
         ),
     ] = "off",
-    order: Annotated[str, typer.Option(help="Order of service: fcfs.")] = "fcfs",
+    mix: Annotated[
+        str,
+        typer.Option(
+            help="SHARE:TOKENS such as 0.1:8192: a share of the trace's requests, drawn by the "
+            "seed, gets prompts of so many tokens.",
+            show_default=False,
+        ),
+    ] = "",
+    order: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Order of service: fcfs, priority, lpm, sjf or slo; may be given several times.",
+            show_default="fcfs",
+        ),
+    ] = None,
+    slo_ttft: Annotated[
+        str,
+        typer.Option(
+            help="Target of the time to first token, in seconds: 2, 2+0.001*tokens, "
+            "max(2,5*own) with own its prefill alone, or none."
+        ),
+    ] = "max(2,5*own)",
+    slo_tpot: Annotated[
+        str, typer.Option(help="Target of the seconds for each token after the first, or none.")
+    ] = "0.1",
+    order_window: Annotated[
+        int, typer.Option(help="For slo: so many of the oldest prompts, and half of those beyond.")
+    ] = 64,
+    oldest_share: Annotated[
+        float, typer.Option(help="For slo: share of the prompt tokens for the oldest prompt.")
+    ] = 0.05,
+    oldest_age: Annotated[
+        float, typer.Option(help="For slo: age in seconds above which a prompt has that share.")
+    ] = 60.0,
     schedule_policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,8 +145,12 @@ def simulate(
         num_pages=num_kv_pages,
         known_lengths=known_lengths,
         longest_answer=longest_answer,
+        slo_ttft=slo_ttft,
+        slo_tpot=slo_tpot,
         engine={
-            "order": order,
+            "order_window": order_window,
+            "oldest_share": oldest_share,
+            "oldest_age": oldest_age,
             "max_num_seqs": max_num_seqs,
             "page_size": page_size,
             "prefill_spread": prefill_spread,
@@ -121,12 +159,14 @@ def simulate(
     )
     try:
         first = True
-        for load_set in _loads(settings, load or [], trace, requests, seed):
-            for policy in schedule_policy or ["auto"]:
-                for budget in max_num_batched_tokens or [2048]:
-                    row = _run(settings, load_set, policy, budget, seed)
-                    _print(row, as_json=as_json, first=first)
-                    first = False
+        budgets = max_num_batched_tokens or [2048]
+        for load_set in _loads(settings, load or [], trace, mix, requests, seed, budgets[0]):
+            for way, policy, budget in product(
+                order or ["fcfs"], schedule_policy or ["auto"], budgets
+            ):
+                row = _run(settings, load_set, way, policy, budget, seed)
+                _print(row, as_json=as_json, first=first)
+                first = False
     except LecternError as error:
         fail(error)
 
@@ -141,39 +181,64 @@ class _Settings:
     num_pages: int
     known_lengths: bool
     longest_answer: int
+    slo_ttft: str
+    slo_tpot: str
     engine: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _LoadSet:
-    text: str
+    """`load` is as it was given, a number for a scaled trace. `uncached` tokens of each prompt are
+    left by a prefix cache that never forgets.
+    """
+
+    name: str
+    load: str | float
     arrivals: list[Arrival]
+    uncached: list[int]
     dropped: int
     caching: bool
 
 
 def _loads(
-    settings: _Settings, loads: list[str], trace: str, requests: int, seed: int
+    settings: _Settings,
+    loads: list[str],
+    trace: str,
+    mix: str,
+    requests: int,
+    seed: int,
+    budget: int,
 ) -> list[_LoadSet]:
     """The loads that were asked for. Raises ConfigError."""
     if not trace:
         if not loads:
             raise ConfigError("Give --load KIND:N:RATE or --trace FILE.", "--load")
         return [_bench_load(settings, text, seed) for text in loads]
-    from serving.simulation.traces import read_trace
+    from serving.simulation.traces import arrivals
+    from serving.traces import read_trace
+    from serving.traces.prompts import uncached_tokens
+    from serving.traces.recorded import Mix
 
-    arrivals, shared = read_trace(Path(trace), seed, most=requests or None)
-    kept = _fitting(settings, arrivals)
-    if not kept:
+    whole = read_trace(Path(trace), seed, most=requests or None)
+    if mix:
+        whole = Mix.parse(mix).into(whole, seed)
+    kept = whole.fitting(_context(settings))
+    if not kept.requests:
         raise ConfigError(
             f"No request of {trace} fits into {_room(settings)}.",
             "--max-model-len",
         )
-    name = Path(trace).stem
-    base = _LoadSet(name, kept, len(arrivals) - len(kept), shared)
+    base = _LoadSet(
+        name=whole.name,
+        load="as recorded",
+        arrivals=arrivals(kept, seed),
+        uncached=uncached_tokens(kept.requests).tolist(),
+        dropped=len(whole.requests) - len(kept.requests),
+        caching=whole.shares,
+    )
     if not loads:
         return [base]
-    factor = _capacity(settings, base, seed)
+    factor = _capacity(settings, base, seed, budget)
     return [_scaled(base, text, factor) for text in loads]
 
 
@@ -188,10 +253,18 @@ def _bench_load(settings: _Settings, text: str, seed: int) -> _LoadSet:
         Arrival(at, np.zeros(size[0], dtype=np.int32), size[1])
         for at, size in zip(load.arrivals, load.lengths, strict=True)
     ]
-    kept = _fitting(settings, arrivals)
+    most = _context(settings)
+    kept = [one for one in arrivals if len(one.prompt) + one.tokens_out <= most]
     if not kept:
         raise ConfigError(f"No request of {text} fits into {_room(settings)}.", "--max-model-len")
-    return _LoadSet(text, kept, len(arrivals) - len(kept), caching=False)
+    return _LoadSet(
+        name=text,
+        load=text,
+        arrivals=kept,
+        uncached=[len(one.prompt) for one in kept],
+        dropped=len(arrivals) - len(kept),
+        caching=False,
+    )
 
 
 def _room(settings: _Settings) -> str:
@@ -201,19 +274,17 @@ def _room(settings: _Settings) -> str:
     )
 
 
-def _fitting(settings: _Settings, arrivals: list[Arrival]) -> list[Arrival]:
-    """Requests that the engine's door would let in."""
-    most = min(settings.max_model_len, settings.num_pages * settings.engine["page_size"])
-    return [one for one in arrivals if len(one.prompt) + one.tokens_out <= most]
+def _context(settings: _Settings) -> int:
+    """Tokens of the longest request that the engine's door would let in."""
+    pages: int = settings.num_pages * settings.engine["page_size"]
+    return min(settings.max_model_len, pages)
 
 
-def _capacity(settings: _Settings, base: _LoadSet, seed: int) -> float:
+def _capacity(settings: _Settings, base: _LoadSet, seed: int, budget: int) -> float:
     """Seconds that the load takes when all of it is there at once, over its own duration."""
-    from serving.simulation.pipeline import Arrival
-
-    at_once = [Arrival(0.0, one.prompt, one.tokens_out) for one in base.arrivals]
-    load = _LoadSet(f"{base.text}, all at once", at_once, base.dropped, base.caching)
-    row = _run(settings, load, "auto", 2048, seed)
+    at_once = [replace(one, at=0.0) for one in base.arrivals]
+    load = replace(base, name=f"{base.name}, all at once", arrivals=at_once)
+    row = _run(settings, load, "fcfs", "auto", budget, seed)
     duration = base.arrivals[-1].at
     if not duration:
         raise ConfigError("The trace has no duration, so --load cannot scale it.", "--load")
@@ -221,8 +292,6 @@ def _capacity(settings: _Settings, base: _LoadSet, seed: int) -> float:
 
 
 def _scaled(base: _LoadSet, text: str, factor: float) -> _LoadSet:
-    from serving.simulation.pipeline import Arrival
-
     try:
         load = float(text)
     except ValueError:
@@ -231,23 +300,25 @@ def _scaled(base: _LoadSet, text: str, factor: float) -> _LoadSet:
         raise ConfigError(
             f"--load {text!r} must be a number such as 0.85 when --trace is given.", "--load"
         )
-    arrivals = [
-        Arrival(one.at * factor / load, one.prompt, one.tokens_out) for one in base.arrivals
-    ]
-    return _LoadSet(f"{base.text}@{text}", arrivals, base.dropped, base.caching)
+    arrivals = [replace(one, at=one.at * factor / load) for one in base.arrivals]
+    return replace(base, load=load, arrivals=arrivals)
 
 
 def _run(
-    settings: _Settings, load: _LoadSet, policy: str, budget: int, seed: int
+    settings: _Settings, load: _LoadSet, order: str, policy: str, budget: int, seed: int
 ) -> dict[str, Any]:
+    from serving.config.service import parse_tpot, parse_ttft
     from serving.simulation.pipeline import Pipeline, simulated_config
     from serving.simulation.profile import Profile
     from serving.simulation.rebalance import Rebalancing
     from serving.simulation.report import summarise
+    from serving.simulation.targets import slo_figures, with_targets
 
+    ttft, tpot = parse_ttft(settings.slo_ttft), parse_tpot(settings.slo_tpot)
     profile = Profile.load(settings.profile)
     config = simulated_config(
         settings.stages,
+        order=order,
         schedule_policy=policy,
         max_num_batched_tokens=budget,
         enable_prefix_caching=load.caching,
@@ -277,23 +348,28 @@ def _run(
         nonlocal said
         if time.monotonic() - said > 5.0:
             said = time.monotonic()
-            _say(f"{load.text}: {ended} of {len(load.arrivals)} requests, {now:.0f} s simulated")
+            _say(f"{load.name}: {ended} of {len(load.arrivals)} requests, {now:.0f} s simulated")
 
-    outcome = pipeline.run(load.arrivals, progress)
+    arrivals = with_targets(
+        load.arrivals, load.uncached, profile, pipeline.layout, budget, ttft, tpot
+    )
+    outcome = pipeline.run(arrivals, progress)
     took = time.monotonic() - began
     for at, move in rebalancing.moves if rebalancing is not None else ():
-        _say(f"{load.text}, {at:.1f} s: {move.sentence()}")
+        _say(f"{load.name}, {at:.1f} s: {move.sentence()}")
     return {
         "engine": "lectern, simulated",
         "profile": profile.name,
         "pp": settings.stages,
         "layout": [len(pipeline.layout.layers(stage)) for stage in range(settings.stages)],
-        "load": load.text,
+        "trace": load.name,
+        "load": load.load,
         "order": config.order,
         "policy": config.policy,
         "budget": budget,
         "seed": seed,
-        **summarise(load.arrivals, outcome),
+        **summarise(arrivals, outcome),
+        **slo_figures(arrivals, outcome),
         "moves": 0 if rebalancing is None else len(rebalancing.moves),
         "dropped": load.dropped,
         "times_real_time": round(outcome.wall / max(took, 1e-9)),

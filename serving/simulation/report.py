@@ -34,7 +34,9 @@ def summarise(arrivals: list[Arrival], outcome: Outcome) -> dict[str, Any]:
 
 #: Columns of the table for people: key of the row, heading, width.
 _COLUMNS = (
-    ("load", "load", 14),
+    ("trace", "load", 26),
+    ("load", "at", 11),
+    ("order", "order", 8),
     ("policy", "policy", 9),
     ("budget", "tokens", 7),
     ("tot_tok_s", "tok/s", 9),
@@ -42,6 +44,8 @@ _COLUMNS = (
     ("e2e_mean_ms", "e2e ms", 10),
     ("ttft_p50_ms", "TTFT p50", 10),
     ("ttft_p99_ms", "p99", 10),
+    ("attainment", "attained", 8),
+    ("max_wait_s", "max wait", 8),
     ("preemptions", "preempted", 10),
 )
 

@@ -22,6 +22,15 @@ MOONCAKE = "\n".join(
 )
 
 
+RECORDED = Path(__file__).parents[2] / "data" / "traces" / "mooncake_conversation_500.jsonl"
+
+
+def number(row: dict[str, object], name: str) -> float:
+    value = row[name]
+    assert isinstance(value, int | float)
+    return float(value)
+
+
 def simulate(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = 0
     try:
@@ -64,7 +73,7 @@ def test_the_table_has_a_heading_and_a_line_for_each_run(
 ) -> None:
     code, out, _ = simulate(capsys, "--load", "fixed-16-4:8:0", "--layer-layout", "36")
     assert code == 0
-    assert [len(line.split()) for line in out.splitlines()][1] == 10
+    assert [len(line.split()) for line in out.splitlines()][1] == 14
     assert "bubbles" in out.splitlines()[0]
 
 
@@ -80,9 +89,44 @@ def test_traces_are_told_apart_scaled_and_cut(
     (cut,) = rows(capsys, "--trace", str(mooncake), "--max-model-len", "4000", "--load", "0.5")
     assert (cut["n"], cut["dropped"]) == (2, 1)
     assert cut["cached_tokens"] == 1024
-    assert cut["load"] == "m@0.5"
+    assert (cut["trace"], cut["load"]) == ("m", 0.5)
     (slow,) = rows(capsys, "--trace", str(azure), "--requests", "2", "--load", "0.1")
     assert slow["n"] == 2
+
+
+def test_orders_side_by_side_on_a_recorded_load(capsys: pytest.CaptureFixture[str]) -> None:
+    """The order for targets meets more of them than any other, and the same twice."""
+    arguments = ["--trace", str(RECORDED), "--requests", "100", "--load", "0.9", "--seed", "3"]
+    orders = ("fcfs", "priority", "lpm", "sjf", "slo")
+    found = rows(capsys, *arguments, *(part for order in orders for part in ("--order", order)))
+    by_order = {str(row["order"]): row for row in found}
+    assert len(by_order) == 5
+    timing = "times_real_time"
+    best = by_order.pop("slo")
+    (again,) = rows(capsys, *arguments, "--order", "slo")
+    assert again | {timing: 0} == best | {timing: 0}
+    wanted = {"order", "load", "seed", "n", "dropped", "attainment", "attainment_ttft"}
+    wanted |= {"attainment_tpot", "ttft_mean_s", "ttft_p99_s", "max_wait_s", "goodput_req_s"}
+    assert wanted | {"jain"} <= best.keys()
+    assert best["load"] == 0.9
+    for other in by_order.values():
+        assert number(best, "attainment") > number(other, "attainment")
+    # All requests of this trace have the same priority, so the two orders are one.
+    assert by_order["priority"] | {"order": "fcfs", timing: 0} == by_order["fcfs"] | {timing: 0}
+    assert number(best, "max_wait_s") < 5 * number(by_order["fcfs"], "max_wait_s")
+
+
+def test_long_prompts_are_mixed_in_and_targets_may_be_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    azure = tmp_path / "a.csv"
+    azure.write_text(AZURE)
+    (row,) = rows(
+        capsys, "--trace", str(azure), "--mix", "0.4:5000", *("--slo-ttft", "none"),
+        "--slo-tpot", "none",
+    )  # fmt: skip
+    assert number(row, "prefill_tokens") > 5000 + 374 + 396 - 1
+    assert (row["attainment"], row["best_effort"]) == (None, 3)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +139,11 @@ def test_traces_are_told_apart_scaled_and_cut(
         (("--load", "chat:5:0", "--layer-layout", "a,b"), "--layer-layout"),
         (("--load", "chat:5:0", "--schedule-policy", "best"), "--schedule-policy"),
         (("--load", "chat:5:0", "--layer-rebalance", "always"), "--layer-rebalance"),
+        (("--load", "chat:5:0", "--order", "best"), "--order"),
+        (("--load", "chat:5:0", "--slo-ttft", "soon"), "--slo-ttft must be seconds above 0"),
+        (("--load", "chat:5:0", "--slo-ttft", "0"), "--slo-ttft must be seconds above 0"),
+        (("--load", "chat:5:0", "--slo-tpot", "-1"), "--slo-tpot must be seconds"),
+        (("--trace", "{azure}", "--mix", "2:100"), "--mix must be a share"),
         (("--trace", "/nowhere"), "--trace"),
         (("--trace", "{empty}"), "--trace"),
         (("--trace", "{azure}", "--load", "fast"), "--load"),
