@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from serving.config.engine import EngineConfig
+from serving.config.service import Service, TtftTarget
 from serving.core import SamplingParams, TokenOutput
 from serving.engine import Engine
 from serving.errors import (
@@ -24,6 +25,7 @@ from serving.errors import (
     EngineDeadError,
     InvalidRequestError,
     ModelError,
+    OverloadedError,
 )
 from tests.serving.processes import children_of, eventually, gone
 from tests.serving.tiny import make_checkpoint
@@ -76,6 +78,31 @@ async def settled(engine: Engine, requests: int) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError(f"the engine did not come to rest: {engine.stats}")
+
+
+async def test_a_crowd_is_refused_in_part_and_the_rest_is_served(start: Start) -> None:
+    """Beyond the limit requests end with a time to come back, before they were scheduled."""
+    engine = await start(
+        order="slo", max_predicted_ttft=0.02, max_num_batched_tokens=16, max_model_len=256
+    )
+    service = Service(ttft=TtftTarget(1.0), tpot=0.5, tenant="one")
+
+    async def ask(number: int) -> list[TokenOutput] | OverloadedError:
+        prompt = [(number + 3 * place) % 90 + 1 for place in range(200)]
+        try:
+            return await collect(engine.generate(prompt, greedy(3), service=service))
+        except OverloadedError as error:
+            return error
+
+    found = await asyncio.gather(*(ask(number) for number in range(24)))
+    refused = [one for one in found if isinstance(one, OverloadedError)]
+    served = [one for one in found if not isinstance(one, OverloadedError)]
+    assert refused
+    assert served
+    assert all(one.retry_after > 0 and "send the request again" in str(one) for one in refused)
+    assert all(sum(len(output.token_ids) for output in one) == 3 for one in served)
+    await settled(engine, len(served))
+    assert (await collect(engine.generate([1, 2, 3], greedy(2))))[-1].finish_reason == "length"
 
 
 async def test_outputs_say_queued_then_scheduled_then_tokens(start: Start) -> None:

@@ -28,6 +28,7 @@ from serving.messages import (
     Shutdown,
     StageFailed,
     StageSpec,
+    StepOutputs,
     Stop,
     Submit,
     ToStage,
@@ -106,6 +107,33 @@ def test_an_abort_ends_a_request_and_returns_its_pages(directory: Path) -> None:
         assert stats.pages_used == 0
         client.send(Stop())
         assert client.failure() is None
+
+
+def test_what_would_wait_too_long_is_refused_at_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that hangs keeps the queue as it is; a token is taken to last 0.1 ms at first."""
+    settings = {"max_predicted_ttft": 0.001, "max_num_batched_tokens": 16, "step_timeout": 1.0}
+    with Client(directory, **settings) as client:
+        client.ready()
+        behave(monkeypatch, failing(0, StepPlan, "hang"))
+        for stream in range(1, 6):
+            client.send(Submit(client.request(stream, [1] * 90, 4)))
+        failure = client.failure()
+        client.until(lambda one: isinstance(one, StepOutputs) and any(
+            refused.stream == 5 for refused in one.refused
+        ))  # fmt: skip
+    refused = [
+        one for message in client.seen if isinstance(message, StepOutputs)
+        for one in message.refused
+    ]  # fmt: skip
+    assert [one.stream for one in refused][-3:] == [3, 4, 5]
+    assert 1 not in {one.stream for one in refused}
+    for one in refused:
+        assert one.ttft > 0.018  # 90 tokens alone take 9 ms, and may wait as long again
+        assert one.retry_after == pytest.approx(one.ttft - 0.018)
+    assert isinstance(failure, EngineDeadError)
+    assert not client.driver._scheduler.streams.keys() & {3, 4, 5}
 
 
 def failing(stage: int, when: type, verdict: str | FromStage) -> object:
