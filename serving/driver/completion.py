@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.core import FinishReason, MicroBatch
-from serving.driver.pages import extend_chain
+from serving.driver.pages import extend_chain, page_chunks
 from serving.driver.scheduler import Scheduler
 from serving.driver.slots import Int64s
 from serving.errors import EngineDeadError
@@ -18,7 +18,7 @@ class Completion:
 
     def __init__(self, scheduler: Scheduler, eos_token_ids: list[int]) -> None:
         self._scheduler = scheduler
-        self._eos = np.array(sorted(eos_token_ids), dtype=np.int32)
+        self._eos = sorted(eos_token_ids)
 
     def finish(self, result: StepResult) -> tuple[MicroBatch, StepOutputs]:
         """The micro-batch that ended, and what the clients get of it.
@@ -35,8 +35,9 @@ class Completion:
         slots = self._scheduler.slots
         slots.in_flight[batch.decode_slots] -= 1
         slots.confirmed[batch.decode_slots] += 1
-        slots.in_flight[batch.prefill_slots] -= 1
-        slots.confirmed[batch.prefill_slots] += batch.prefill_lens
+        if len(batch.prefill_slots):
+            slots.in_flight[batch.prefill_slots] -= 1
+            slots.confirmed[batch.prefill_slots] += batch.prefill_lens
 
         tokens = np.frombuffer(result.tokens, dtype="<i4")
         if len(tokens) != len(batch.sampled):
@@ -44,38 +45,56 @@ class Completion:
                 f"Micro-batch {batch.number} sampled {len(tokens)} tokens instead of "
                 f"{len(batch.sampled)}."
             )
-        rows = np.flatnonzero(slots.alive[batch.sampled])
+        rows = slots.alive[batch.sampled].nonzero()[0]
         sampled, tokens = batch.sampled[rows], tokens[rows]
-        slots.tokens[sampled, slots.known[sampled]] = tokens
-        slots.known[sampled] += 1
+        known = slots.known[sampled]
+        slots.tokens[sampled, known] = tokens
+        known += 1
+        slots.known[sampled] = known
         self._scheduler.counters.generation_tokens += len(tokens)
         self._register(batch)
-        shown, ended = self._stops(sampled, tokens)
-        outputs = self._outputs(result, rows, sampled, tokens, shown, ended)
+        stops = self._stops(sampled, tokens, known)
+        ended = self._end(sampled, tokens, stops, known)
+        outputs = self._outputs(result, rows, sampled, tokens, ~stops, ended)
         self._vacate(batch)
         return batch, outputs
 
     def _stops(
-        self, sampled: Int64s, tokens: NDArray[np.int32]
-    ) -> tuple[NDArray[np.bool_], list[Ended]]:
-        """Which tokens are shown (a stop token is not), and which sequences end here."""
-        scheduler = self._scheduler
-        slots = scheduler.slots
-        known = slots.known[sampled]
+        self, sampled: Int64s, tokens: NDArray[np.int32], known: Int64s
+    ) -> NDArray[np.bool_]:
+        """Which tokens end their sequences by themselves; `known` counts them too."""
+        slots = self._scheduler.slots
+        stops = np.zeros(len(sampled), dtype=np.bool_)
+        if np.count_nonzero(slots.runs_to_limit[sampled]) == len(sampled):
+            return stops
         may_stop = known > slots.stop_from[sampled]
-        stops = slots.heeds_eos[sampled] & np.isin(tokens, self._eos) & may_stop
-        for row in np.flatnonzero(slots.has_stop_ids[sampled] & may_stop):
+        for eos in self._eos:
+            stops |= tokens == eos
+        stops &= slots.heeds_eos[sampled] & may_stop
+        for row in (slots.has_stop_ids[sampled] & may_stop).nonzero()[0]:
             wanted = slots[int(sampled[row])].request.params.stop_token_ids
             stops[row] |= int(tokens[row]) in wanted
+        return stops
+
+    def _end(
+        self,
+        sampled: Int64s,
+        tokens: NDArray[np.int32],
+        stops: NDArray[np.bool_],
+        known: Int64s,
+    ) -> list[Ended]:
+        """End the sequences that stop or have come to their limit."""
+        scheduler = self._scheduler
+        slots = scheduler.slots
         over = stops | (known == slots.limit[sampled])
         ended = []
-        for row in np.flatnonzero(over):
+        for row in over.nonzero()[0].tolist():
             sequence = slots[int(sampled[row])]
             reason: FinishReason = "stop" if stops[row] else "length"
             token = int(tokens[row]) if stops[row] else None
             ended.append(Ended(sequence.request.stream, reason, token))
             scheduler.end(sequence, reason)
-        return ~stops, ended
+        return ended
 
     def _outputs(
         self,
@@ -110,26 +129,29 @@ class Completion:
         scheduler = self._scheduler
         if not scheduler.caching:
             return
-        slots, size = scheduler.slots, scheduler.page_size
-        decodes = batch.decode_slots
-        crossed = decodes[(slots.confirmed[decodes] % size == 0) & slots.alive[decodes]]
-        chunks = batch.prefill_slots[slots.alive[batch.prefill_slots]]
-        for slot in (*crossed.tolist(), *chunks.tolist()):
+        slots, size, register = scheduler.slots, scheduler.page_size, scheduler.pool.register
+        crossed = batch.decode_slots[slots.confirmed[batch.decode_slots] % size == 0]
+        for slot in (*crossed.tolist(), *batch.prefill_slots.tolist()):
+            if not slots.alive[slot]:
+                continue
             sequence = slots[slot]
-            full = int(slots.confirmed[slot]) // size
+            first, full = sequence.registered, int(slots.confirmed[slot]) // size
+            if first >= full:
+                continue
             tokens = slots.tokens[slot]
             extend_chain(sequence.hashes, tokens, sequence.request.cache_salt, size, full)
-            for index in range(sequence.registered, full):
-                chunk = tokens[index * size : (index + 1) * size].tobytes()
-                scheduler.pool.register(sequence.pages[index], sequence.hashes[index], chunk)
-            sequence.registered = max(sequence.registered, full)
+            pages, keys = sequence.pages[first:full], sequence.hashes[first:full]
+            chunks = page_chunks(tokens, size, first, full)
+            for page, key, chunk in zip(pages, keys, chunks, strict=True):
+                register(page, key, chunk)
+            sequence.registered = full
 
     def _vacate(self, batch: MicroBatch) -> None:
         """Return slots and pages of ended sequences that nothing in flight names any more."""
         scheduler = self._scheduler
         slots = scheduler.slots
         for named in (batch.decode_slots, batch.prefill_slots):
-            for slot in named[~slots.alive[named] & (slots.in_flight[named] == 0)]:
+            for slot in named[~slots.alive[named]].tolist():
                 sequence = slots.sequences[slot]
-                if sequence is not None:
+                if sequence is not None and slots.in_flight[slot] == 0:
                     scheduler.vacate(sequence)

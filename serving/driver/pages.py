@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,21 @@ def extend_chain(
     keys: list[bytes], tokens: NDArray[np.int32], salt: str, page_size: int, num_pages: int
 ) -> None:
     """Append keys until `keys` covers the first `num_pages` pages of `tokens`."""
+    have = len(keys)
+    if have >= num_pages:
+        return
     parent = keys[-1] if keys else chain_start(salt)
-    for index in range(len(keys), num_pages):
-        parent = chain_next(parent, tokens[index * page_size : (index + 1) * page_size].tobytes())
+    for chunk in page_chunks(tokens, page_size, have, num_pages):
+        parent = chain_next(parent, chunk)
         keys.append(parent)
+
+
+def page_chunks(tokens: NDArray[np.int32], page_size: int, first: int, end: int) -> Iterator[bytes]:
+    """The tokens (int32 bytes) of each of the pages `first` to `end` - 1."""
+    data = tokens[first * page_size : end * page_size].tobytes()
+    width = page_size * tokens.itemsize
+    for start in range(0, (end - first) * width, width):
+        yield data[start : start + width]
 
 
 class PagePool:
@@ -50,11 +61,12 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self._evict_fifo = evict_fifo
-        self._holders = np.zeros(num_pages, dtype=np.int32)
+        self._holders = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._registered: dict[bytes, Page] = {}
-        self._page_of: dict[int, Page] = {}
+        self._page_of: list[Page | None] = [None] * num_pages
         self._cached: OrderedDict[int, None] = OrderedDict()
+        # Only of use to evict by registration:
         self._registrations = 0
         self._registered_at: dict[int, int] = {}
         self._oldest: list[tuple[int, int]] = []  # heap of (registration, page), may be outdated
@@ -69,7 +81,7 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
-        return int(np.count_nonzero(self._holders))
+        return self.num_pages - len(self._free) - len(self._cached)
 
     @property
     def num_available(self) -> int:
@@ -80,29 +92,34 @@ class PagePool:
         """Take `count` pages, evicting cached ones if need be; None if there are too few."""
         if count > self.num_available:
             return None
-        pages = []
-        for _ in range(count):
-            page = self._free.pop() if self._free else self._evict()
-            self._holders[page] = 1
-            pages.append(page)
+        free, holders = self._free, self._holders
+        from_free = min(count, len(free))
+        pages = free[len(free) - from_free :]
+        pages.reverse()
+        del free[len(free) - from_free :]
+        if count > from_free:
+            pages += self._evict(count - from_free)
+        for page in pages:
+            holders[page] = 1
         return pages
 
     def hold(self, pages: Iterable[int]) -> None:
         """Become one more holder of cached or used pages, as after a prefix hit."""
+        holders = self._holders
         for page in pages:
-            if self._holders[page] == 0:
+            if not holders[page]:
                 del self._cached[page]
-            self._holders[page] += 1
+            holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """Let go of pages, given in sequence order; the tail becomes evictable before the head."""
+        holders, findable = self._holders, self._page_of
         for page in reversed(pages):
-            holders = self._holders[page] - 1
-            if holders < 0:
+            holders[page] -= 1
+            if holders[page] < 0:
                 raise AssertionError(f"page {page} was released more often than held")
-            self._holders[page] = holders
-            if holders == 0:
-                if page in self._page_of:
+            if not holders[page]:
+                if findable[page] is not None:
                     self._cached[page] = None
                     if self._evict_fifo:
                         heapq.heappush(self._oldest, (self._registered_at[page], page))
@@ -111,13 +128,12 @@ class PagePool:
 
     def register(self, number: int, key: bytes, tokens: bytes) -> None:
         """Make a full, written page findable. A second page of equal content stays unfindable."""
-        if key in self._registered or number in self._page_of:
+        if key in self._registered or self._page_of[number] is not None:
             return
-        page = Page(number, key, tokens)
-        self._registered[key] = page
-        self._page_of[number] = page
-        self._registered_at[number] = self._registrations
-        self._registrations += 1
+        self._registered[key] = self._page_of[number] = Page(number, key, tokens)
+        if self._evict_fifo:
+            self._registered_at[number] = self._registrations
+            self._registrations += 1
 
     def lookup(self, keys: Sequence[bytes], tokens: NDArray[np.int32]) -> list[int]:
         """The longest run of registered pages that starts `tokens`, whose page keys are `keys`.
@@ -125,10 +141,13 @@ class PagePool:
         Changes nothing: call `hold` to keep the pages.
         """
         pages: list[int] = []
-        size = self.page_size
-        for index, key in enumerate(keys):
-            page = self._registered.get(key)
-            if page is None or page.tokens != tokens[index * size : (index + 1) * size].tobytes():
+        registered = self._registered
+        if not keys or keys[0] not in registered:
+            return pages
+        chunks = page_chunks(tokens, self.page_size, 0, len(keys))
+        for key, chunk in zip(keys, chunks, strict=True):
+            page = registered.get(key)
+            if page is None or page.tokens != chunk:
                 break
             pages.append(page.number)
         return pages
@@ -149,28 +168,40 @@ class PagePool:
 
     def num_unused(self, pages: Iterable[int]) -> int:
         """How many of these pages nobody holds, so that holding them makes fewer available."""
-        return sum(1 for page in pages if self._holders[page] == 0)
+        holders = self._holders
+        return sum(1 for page in pages if not holders[page])
 
     def check(self) -> None:
         """Assert the invariant free + cached + in use == all."""
         states = np.zeros(self.num_pages, dtype=np.int32)
         states[self._free] += 1
         states[list(self._cached)] += 1
-        states[self._holders > 0] += 1
+        states[np.array(self._holders) > 0] += 1
         if not (states == 1).all():
             raise AssertionError(f"pages in no or two states: {np.flatnonzero(states != 1)[:10]}")
-        if self._registered.keys() != {page.key for page in self._page_of.values()}:
+        if self._registered.keys() != {page.key for page in self._page_of if page}:
             raise AssertionError("the prefix cache disagrees with its index")
 
-    def _evict(self) -> int:
+    def _evict(self, count: int) -> list[int]:
+        """Make so many cached pages unfindable, for another use."""
+        cached, page_of, registered = self._cached, self._page_of, self._registered
         if self._evict_fifo:
-            registration, number = heapq.heappop(self._oldest)
-            while number not in self._cached or self._registered_at[number] != registration:
-                registration, number = heapq.heappop(self._oldest)
-            del self._cached[number]
+            numbers = [self._first_registered() for _ in range(count)]
         else:
-            number, _ = self._cached.popitem(last=False)
-        page = self._page_of.pop(number)
-        del self._registered[page.key]
+            numbers = [cached.popitem(last=False)[0] for _ in range(count)]
+        for number in numbers:
+            page = page_of[number]
+            if page is None:
+                raise AssertionError(f"page {number} is cached, but nobody can find it")
+            page_of[number] = None
+            del registered[page.key]
+        return numbers
+
+    def _first_registered(self) -> int:
+        """Take out the cached page that was registered first."""
+        registration, number = heapq.heappop(self._oldest)
+        while number not in self._cached or self._registered_at[number] != registration:
+            registration, number = heapq.heappop(self._oldest)
+        del self._cached[number]
         del self._registered_at[number]
         return number

@@ -111,5 +111,5 @@ class SlotTable:
 
     def ready_to_decode(self, needs: NDArray[np.bool_]) -> Int64s:
         """Those of them that wait for at most one unknown token, least recently planned first."""
-        ready = np.flatnonzero(needs & (self.planned <= self.known))
-        return ready[np.argsort(self.planned_in[ready], kind="stable")]
+        ready = (needs & (self.planned <= self.known)).nonzero()[0]
+        return ready[self.planned_in[ready].argsort(kind="stable")]
