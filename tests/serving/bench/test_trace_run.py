@@ -282,15 +282,16 @@ def test_bad_commands_are_one_sentence(tiny: str, tmp_path: Path) -> None:
         assert len(err.splitlines()) == 1
 
 
-def test_with_a_real_engine(tiny: str) -> None:
+@pytest.mark.parametrize("order", ["fcfs", "slo"])
+def test_with_a_real_engine(tiny: str, order: str) -> None:
     code, out, err = bench(
         "--model", tiny, "--trace", AZURE, "--requests", "10", "--rate", "20", "--json",
         "--device", "cpu", "--threads", "1", "--kv-memory", "64M", "--max-num-batched-tokens",
-        "512", "--slo-ttft", "100", "--slo-tpot", "10",
+        "512", "--slo-ttft", "100", "--slo-tpot", "10", "--order", order,
     )  # fmt: skip
     assert code == 0, err
     row = json.loads(out)
-    assert (row["n"], row["refused"], row["order"]) == (10, 0, "fcfs")
+    assert (row["n"], row["refused"], row["order"]) == (10, 0, order)
     assert (row["attainment"], row["attainment_ttft"], row["attainment_tpot"]) == (1.0, 1.0, 1.0)
     assert 0 < row["ttft_mean_s"] <= row["ttft_p99_s"] < row["wall_s"]
     assert sum(part["n"] for part in row["classes"].values()) == 10
