@@ -9,8 +9,8 @@ negative. That is recursive least squares in its information form: what is kept 
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +20,7 @@ from serving.driver.slots import SlotTable
 Vector = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class StepFeatures:
+class StepFeatures(msgspec.Struct, frozen=True):
     """What a stage's time depends on.
 
     `new_tokens` prompt tokens; `prefill_context` pairs of a new token and a key it sees, the sum of
@@ -38,20 +37,16 @@ class StepFeatures:
     @classmethod
     def of(cls, batch: MicroBatch, slots: SlotTable) -> StepFeatures:
         """Of a micro-batch that was just chosen."""
-        lengths = batch.prefill_lens
         pairs = 0.0
         new = 0
-        if len(lengths):
-            new = int(lengths.sum())
-            ends = slots.planned[batch.prefill_slots]
-            pairs = float(np.dot(lengths, ends - (lengths - 1) / 2))
-        return cls(
-            new_tokens=new,
-            prefill_context=pairs,
-            decode_rows=len(batch.decode_slots),
-            decode_context=int(slots.planned[batch.decode_slots].sum()),
-            sampled=len(batch.sampled),
-        )
+        if len(batch.prefill_slots):
+            ends = slots.planned[batch.prefill_slots].tolist()
+            for length, end in zip(batch.prefill_lens.tolist(), ends, strict=True):
+                new += length
+                pairs += length * (end - (length - 1) / 2)
+        rows = len(batch.decode_slots)
+        keys = int(slots.planned[batch.decode_slots].sum()) if rows else 0
+        return cls(new, pairs, rows, keys, len(batch.sampled))
 
 
 #: Sizes to which recorded steps are padded: 1, 2, 4, then by 8 to 64, by 16 to 256, by 64 to 512.

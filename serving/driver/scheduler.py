@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serving.config.engine import EngineConfig
 from serving.core import Admission, MicroBatch, Request, Sequence, StepPlan
@@ -23,6 +24,11 @@ from serving.driver.throttle import Load, make_throttle
 from serving.messages import Admitted
 
 _NOTHING: Int64s = np.zeros(0, dtype=np.int64)
+
+
+def _packed(numbers: list[int], dtype: str) -> bytes:
+    """As bytes; most of a plan's lists are empty most of the time."""
+    return np.array(numbers, dtype=dtype).tobytes() if numbers else b""
 
 
 @dataclass
@@ -153,19 +159,21 @@ class Scheduler:
         """
         if len(self.in_flight) >= self.depth or not self.streams:
             return None
-        ready, waiting = self._ready()
+        needs = self.slots.needs_decode()
+        ready, waiting = self._ready(needs)
         if not len(ready) and not waiting and not len(self.order):
             return None
         draft = Draft()
-        budget = self.throttle.budget(self._load(len(ready)))
+        budget = self.throttle.budget(self._load(len(ready), needs))
         decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         prefills, lengths = self._take_prefills(
             budget.prefill_tokens, self.max_rows - len(decodes), draft, now, decodes
         )
         if not len(decodes) and not prefills and waiting:
             # Nothing else to do: the stages may as well hold this plan while they wait.
-            ready = self.slots.ready_to_decode(self.slots.needs_decode())
-            budget = self.throttle.budget(self._load(len(ready)))
+            needs = self.slots.needs_decode()
+            ready = self.slots.ready_to_decode(needs)
+            budget = self.throttle.budget(self._load(len(ready), needs))
             decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         if not len(decodes) and not prefills:
             if self.in_flight:
@@ -182,25 +190,26 @@ class Scheduler:
                 )
         return self._commit(decodes, prefills, lengths, draft)
 
-    def _ready(self) -> tuple[Int64s, bool]:
-        """Slots that may decode now, and whether there are more that should rather wait.
+    def _ready(self, needs: NDArray[np.bool_]) -> tuple[Int64s, bool]:
+        """Of the slots that need decodes, those that may now; whether others should rather wait.
 
         The first stage holds a whole micro-batch back until the tokens of all its rows are there. A
         token comes back one round, that is as many micro-batches as there are stages, after its row
         was planned; a row planned again sooner would stall the others.
         """
         slots = self.slots
-        ready = slots.ready_to_decode(slots.needs_decode())
+        ready = slots.ready_to_decode(needs)
         back = slots.planned[ready] < slots.known[ready]
         back |= slots.planned_in[ready] <= self._next_number - self.stages
-        return ready[back], not back.all()
+        may = ready[back]
+        return may, len(may) < len(ready)
 
-    def _load(self, ready: int) -> Load:
+    def _load(self, ready: int, needs: NDArray[np.bool_]) -> Load:
         reserved = 0
         if self.throttle.keeps_reserve and self._waiting_tokens:
             reserved = self.reserve.needed(*self.reserve.running(self.slots))
         return Load(
-            decoding=int(np.count_nonzero(self.slots.needs_decode())),
+            decoding=int(np.count_nonzero(needs)),
             ready=ready,
             waiting_tokens=self._servable_tokens(),
             pages_available=self.pool.num_available,
@@ -224,26 +233,34 @@ class Scheduler:
         chosen = ready[:count]
         slots = self.slots
         lacking = slots.planned[chosen] == slots.num_pages[chosen] * self.page_size
-        if not lacking.any():
+        if not np.count_nonzero(lacking):
             return chosen
-        needy = [slots[int(slot)] for slot in chosen[lacking]]
+        needy = [slots[slot] for slot in chosen[lacking].tolist()]
         needy.sort(key=lambda sequence: sequence.order_key)
         skipped: set[int] = set()
-        for sequence in needy:
-            if sequence.slot < 0 or sequence.slot in skipped:
-                continue  # preempted by an older one just now
-            page = self._find_page(sequence, skipped)
-            if page is None:
-                skipped.add(sequence.slot)
-                continue
-            draft.page_slots.append(sequence.slot)
-            draft.page_columns.append(len(sequence.pages))
-            draft.page_ids.append(page)
-            sequence.pages.append(page)
-            slots.num_pages[sequence.slot] += 1
+        pages = self.pool.allocate(len(needy))
+        if pages is not None:
+            for sequence, page in zip(needy, pages, strict=True):
+                self._add_page(sequence, page, draft)
+        else:
+            for sequence in needy:
+                if sequence.slot < 0 or sequence.slot in skipped:
+                    continue  # preempted by an older one just now
+                found = self._find_page(sequence, skipped)
+                if found is None:
+                    skipped.add(sequence.slot)
+                else:
+                    self._add_page(sequence, found, draft)
         if skipped:
             chosen = chosen[~np.isin(chosen, list(skipped))]
         return chosen
+
+    def _add_page(self, sequence: Sequence, page: int, draft: Draft) -> None:
+        draft.page_slots.append(sequence.slot)
+        draft.page_columns.append(len(sequence.pages))
+        draft.page_ids.append(page)
+        sequence.pages.append(page)
+        self.slots.num_pages[sequence.slot] += 1
 
     def _find_page(self, sequence: Sequence, skipped: set[int]) -> int | None:
         """A page for a sequence, preempting younger ones that are not in flight if need be."""
@@ -303,14 +320,18 @@ class Scheduler:
         if budget <= 0:
             return taken, lengths
         slots = self.slots
-        # When the next in order cannot enter, nobody behind it may, but who is in goes on.
-        half_done = np.flatnonzero(slots.alive & ~slots.decoding)
-        entered = len(half_done)
-        held = int(slots.num_pages[half_done].sum())
-        clock: StepClock | None = None
-        if self.order.keeps_targets and len(decodes):
+        keeps_targets = self.order.keeps_targets and len(decodes) > 0
+        if keeps_targets:
             new = decodes[np.isinf(slots.decoding_since[decodes])]
             slots.decoding_since[new] = now
+        if not len(self.order):
+            return taken, lengths
+        # When the next in order cannot enter, nobody behind it may, but who is in goes on.
+        half_done = (slots.alive & ~slots.decoding).nonzero()[0]
+        entered = len(half_done)
+        held = int(slots.num_pages[half_done].sum()) if entered else 0
+        clock: StepClock | None = None
+        if keeps_targets:
             clock = StepClock(self.outlook.step_seconds, slots, decodes, self.stages, now)
         full = False
         for sequence in self.order.ranked(now):
@@ -453,24 +474,26 @@ class Scheduler:
             return None
         slots = self.slots
         slots.planned[decodes] += 1
-        chunk_slots = np.array(prefills, dtype=np.int64) if prefills else _NOTHING
-        chunk_lengths = np.array(lengths, dtype=np.int64) if prefills else _NOTHING
+        slots.in_flight[decodes] += 1
+        slots.planned_in[decodes] = self._next_number
+        chunk_slots = chunk_lengths = _NOTHING
         sampled = decodes
         if prefills:
+            chunk_slots = np.array(prefills, dtype=np.int64)
+            chunk_lengths = np.array(lengths, dtype=np.int64)
             slots.planned[chunk_slots] += chunk_lengths
-            self._waiting_tokens -= int(chunk_lengths.sum())
-            self._entered_tokens -= int(chunk_lengths.sum())
+            slots.in_flight[chunk_slots] += 1
+            slots.planned_in[chunk_slots] = self._next_number
+            self._waiting_tokens -= sum(lengths)
+            self._entered_tokens -= sum(lengths)
             for slot, length in zip(prefills, lengths, strict=True):
                 self.order.served(slots[slot], length)
             whole = chunk_slots[slots.planned[chunk_slots] == slots.target[chunk_slots]]
-            for slot in whole:
-                self.order.discard(slots[int(slot)])
+            for slot in whole.tolist():
+                self.order.discard(slots[slot])
             slots.decoding[whole] = True
             sampled = np.concatenate((decodes, whole))
         batch = MicroBatch(self._next_number, decodes, chunk_slots, chunk_lengths, sampled)
-        for named in (decodes, chunk_slots):
-            slots.in_flight[named] += 1
-            slots.planned_in[named] = batch.number
         self.in_flight.append(batch)
         self._next_number += 1
         self._turn += 1
@@ -481,12 +504,12 @@ class Scheduler:
             number=batch.number,
             epoch=self.epoch,
             decode_slots=decodes.astype("<u2").tobytes(),
-            prefill_slots=chunk_slots.astype("<u2").tobytes(),
-            prefill_lens=chunk_lengths.astype("<u4").tobytes(),
-            page_slots=np.array(draft.page_slots, dtype="<u2").tobytes(),
-            page_columns=np.array(draft.page_columns, dtype="<u4").tobytes(),
-            page_ids=np.array(draft.page_ids, dtype="<u4").tobytes(),
-            released=np.array(self._released, dtype="<u2").tobytes(),
+            prefill_slots=_packed(prefills, "<u2"),
+            prefill_lens=_packed(lengths, "<u4"),
+            page_slots=_packed(draft.page_slots, "<u2"),
+            page_columns=_packed(draft.page_columns, "<u4"),
+            page_ids=_packed(draft.page_ids, "<u4"),
+            released=_packed(self._released, "<u2"),
             admitted=draft.admitted,
         )
         self._released.clear()

@@ -21,6 +21,7 @@ class SlotTable:
     known: tokens whose ids are known, prompt and output. planned: tokens whose KV is computed or
     in flight. confirmed: tokens whose KV every stage has written. target: `known` at admission,
     the end of prefill. limit: prompt + max_tokens, the most tokens the sequence may have.
+    last: limit - 1, the tokens planned once nothing is left to decode.
     in_flight: micro-batches in flight that name the slot. runs_to_limit: nothing ends the sequence
     before its limit. tpot: seconds that its tokens may be apart, infinite without a target.
     decoding_since: when the first of its decodes was planned, in seconds, and infinite before.
@@ -38,6 +39,7 @@ class SlotTable:
         self.confirmed: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.target: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.limit: Int64s = np.zeros(num_slots, dtype=np.int64)
+        self.last: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.prompt_len: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.stop_from: Int64s = np.zeros(num_slots, dtype=np.int64)
         self.in_flight: Int64s = np.zeros(num_slots, dtype=np.int64)
@@ -73,6 +75,7 @@ class SlotTable:
         self.known[slot] = self.target[slot] = count
         self.planned[slot] = self.confirmed[slot] = cached
         self.limit[slot] = sequence.prompt_len + request.max_tokens
+        self.last[slot] = self.limit[slot] - 1
         self.prompt_len[slot] = sequence.prompt_len
         self.stop_from[slot] = sequence.prompt_len + params.min_tokens
         self.in_flight[slot] = 0
@@ -106,7 +109,7 @@ class SlotTable:
 
     def needs_decode(self) -> NDArray[np.bool_]:
         """Slots past prefill that have a token left to sample which is not planned yet."""
-        needs: NDArray[np.bool_] = self.decoding & (self.planned < self.limit - 1)
+        needs: NDArray[np.bool_] = self.decoding & (self.planned < self.last)
         return needs
 
     def ready_to_decode(self, needs: NDArray[np.bool_]) -> Int64s:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+
+import msgspec
 
 from serving.config.engine import EngineConfig
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """What a throttle decides from.
 
     `decoding` counts sequences that still need decode steps, in flight or not; `ready` those that
@@ -34,8 +34,7 @@ class Load:
     pages_reserved: int = 0
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(msgspec.Struct, frozen=True):
     """At most so many decode rows and prefill tokens."""
 
     decode_rows: int

@@ -114,12 +114,13 @@ class Pipeline:
         self._first = np.full(count, np.nan)
         self._last = np.full(count, np.nan)
         self._tokens_out = np.array([one.tokens_out for one in arrivals], dtype=np.int64)
-        at = np.array([one.at for one in arrivals])
+        times = [one.at for one in arrivals]
+        at = np.array(times)
         scheduler = self.scheduler
         now, arrived = 0.0, 0
         self._ended = 0
         while self._ended < count:
-            while arrived < count and at[arrived] <= now:
+            while arrived < count and times[arrived] <= now:
                 self._submit(arrived, arrivals[arrived])
                 arrived += 1
             choice = scheduler.choose(now)
@@ -128,11 +129,11 @@ class Pipeline:
                 now += self.profile.plan_s
                 self._send(choice[0], now)
             else:
-                coming = [at[arrived]] if arrived < count else []
+                coming = [times[arrived]] if arrived < count else []
                 coming += [self._results[0][0]] if self._results else []
                 if not coming:
                     raise AssertionError("work is queued and nothing runs")
-                now = max(now, float(min(coming)))
+                now = max(now, min(coming))
             while self._results and self._results[0][0] <= now:
                 self._finish(*self._results.popleft())
                 if progress is not None:
@@ -173,10 +174,11 @@ class Pipeline:
     def _slowest(self, features: StepFeatures) -> float:
         """Seconds of the slowest stage, as the driver would predict them."""
         layout, last = self.layout, self.layout.num_stages - 1
-        return max(
-            self.profile.stage_seconds(features, len(layout.layers(stage)), last=stage == last)
-            for stage in range(last + 1)
-        )
+        slowest = self.profile.stage_seconds(features, len(layout.layers(last)), last=True)
+        for stage in range(last):
+            seconds = self.profile.stage_seconds(features, len(layout.layers(stage)), last=False)
+            slowest = max(slowest, seconds)
+        return slowest
 
     def _send(self, batch: MicroBatch, now: float) -> None:
         """Let a micro-batch go through all stages."""
@@ -216,15 +218,17 @@ class Pipeline:
     def _finish(self, at: float, batch: MicroBatch) -> None:
         slots = self.scheduler.slots
         sampled = batch.sampled
-        tokens = np.full(len(sampled), _WORD, dtype="<i4")
+        tokens = np.empty(len(sampled), dtype="<i4")
+        tokens.fill(_WORD)
         if not self._known_lengths:
             written = slots.known[sampled] - slots.prompt_len[sampled]
             tokens[written >= self._tokens_out[slots.stream[sampled]]] = _EOS
         result = StepResult(number=batch.number, tokens=tokens.tobytes())
         _, outputs = self._completion.finish(result)
-        streams = np.frombuffer(outputs.streams, dtype="<i8")
-        new = streams[np.isnan(self._first[streams])]
-        self._first[new] = at
+        if len(batch.prefill_slots):  # else nobody's first token is among them
+            streams = np.frombuffer(outputs.streams, dtype="<i8")
+            new = streams[np.isnan(self._first[streams])]
+            self._first[new] = at
         for ended in outputs.ended:
             self._last[ended.stream] = at
             self._ended += 1

@@ -71,7 +71,7 @@ class Profile(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
 def interpolate(curve: Curve, at: float) -> float:
     """The piecewise linear curve at a place; its last piece goes on for ever."""
-    place = bisect_left(curve, at, key=lambda point: point[0])
+    place = bisect_left(curve, (at,))
     if place == 0:
         return curve[0][1]
     (left, low), (right, high) = curve[place - 1 : place + 1] if place < len(curve) else curve[-2:]
