@@ -123,7 +123,7 @@ Order = Annotated[
     typer.Option(
         help="Which waiting prompt is served next. fcfs: by arrival; priority: by the header "
         "X-Lectern-Priority, smaller first; lpm: the longest prefix in the cache first; sjf: the "
-        "shortest predicted prefill first; slo: fair between tenants, so that as many requests as "
+        "shortest prompt first; slo: fair between tenants, so that as many requests as "
         "possible meet their targets."
     ),
 ]

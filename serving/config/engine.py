@@ -54,7 +54,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     enable_prefix_caching: bool = True
     cache_eviction: Literal["lru", "fifo"] = "lru"
     order: Literal["fcfs", "priority", "lpm", "sjf", "slo"] = "fcfs"
-    order_window: int = 64
+    order_window: int = 4096
     oldest_share: float = 0.05
     oldest_age: float = 60.0
     fairness_tokens: int = 16384

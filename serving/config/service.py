@@ -81,7 +81,8 @@ def parse_tpot(text: str, flag: str = "--slo-tpot") -> float | None:
 
 
 def _checked(target: TtftTarget, text: str, flag: str) -> TtftTarget:
-    if target.seconds <= 0:
+    parts = (target.seconds, target.per_token, target.times_own)
+    if target.seconds <= 0 or not all(map(math.isfinite, parts)):
         raise _refusal(text, flag)
     return target
 

@@ -107,12 +107,13 @@ class Driver:
         """Queue a request, or refuse it when its first token would come too late.
 
         A prompt that takes longer than the limit by itself is refused only while it would have to
-        wait as long again, so that there is a time at which it is taken.
+        wait as long again, so that there is a time at which it is taken. The first choice of a
+        request decides for all of them: the others find its prefix in the cache.
         """
         scheduler = self._scheduler
         sequence = scheduler.submit(request, now)
         limit = self._spec.config.max_predicted_ttft
-        if limit is None:
+        if limit is None or request.choice > 0:
             return
         ttft = scheduler.predicted_ttft(sequence, now)
         limit = max(limit, 2 * scheduler.outlook.seconds(sequence))

@@ -339,7 +339,7 @@ class Scheduler:
                 break
             if sequence.slot >= 0:
                 entered -= 1
-            elif full or not self._may_begin(sequence, held, budget):
+            elif full or not self._may_begin(sequence, held, budget, taken):
                 continue
             elif not self._admit(sequence, draft):
                 full = True
@@ -360,41 +360,46 @@ class Scheduler:
                 held -= len(sequence.pages)
         return taken, lengths
 
-    def _may_begin(self, sequence: Sequence, held: int, budget: int) -> bool:
+    def _may_begin(self, sequence: Sequence, held: int, budget: int, taken: list[int]) -> bool:
         """Whether a prompt may be begun beside others that are half done and hold so many pages.
 
         Half-done prompts hold pages for nothing, so together they may have half of all. A prompt
         whose next page is being computed for another one waits for it, as it then has to compute
-        less.
+        less. `taken` slots have a chunk in the micro-batch that is being chosen.
         """
         if self.order.keeps_targets:
             self.outlook.look(sequence)
-            if self._is_computed_now(sequence):
+            if self._is_computed_now(sequence, taken):
                 return False
         if not held or self.outlook.left(sequence)[0] <= budget:
             return True
         pages = -(-len(sequence.tokens) // self.page_size)
         return 2 * (held + pages) <= self.pool.num_pages
 
-    def _is_computed_now(self, sequence: Sequence) -> bool:
-        """Whether a prompt in work is computing the page after those that the cache has."""
+    def _is_computed_now(self, sequence: Sequence, taken: list[int]) -> bool:
+        """Whether another prompt's chunks are computing the page after those that the cache has."""
         if not self.caching:
             return False
         hits = sequence.hit_pages
         if hits >= len(sequence.hashes):
             return False
         slots = self.slots
-        for slot in np.flatnonzero(slots.alive & (slots.confirmed < slots.target)):
-            other = slots[int(slot)]
+        at_work = slots.alive & (slots.confirmed < slots.target) & (slots.in_flight > 0)
+        for slot in {*np.flatnonzero(at_work).tolist(), *taken}:
+            other = slots[slot]
             soon = other.registered <= hits < len(other.hashes)
             if soon and other.hashes[hits] == sequence.hashes[hits]:
                 return True
         return False
 
     def predicted_ttft(self, sequence: Sequence, now: float) -> float:
-        """Seconds until a waiting sequence's first token, if nobody else comes."""
+        """Seconds until a waiting sequence's first token, by the prefills that come before it.
+
+        Nobody else is taken to come, and slots and pages to be free when it is its turn.
+        """
         ahead = 0.0
         for other in self.order.ranked(now):
+            self.outlook.look(other)
             ahead += self.outlook.seconds(other)
             if other is sequence:
                 break

@@ -3,7 +3,8 @@
 What decides, first to last:
 
 1. Fairness: prompts of tenants that are too far ahead come behind all others (`fairness.py`).
-2. The lane: a share of the prompt tokens goes to the oldest prompt above an age limit.
+2. The lane: a share of the prompt tokens goes to the oldest prompt above an age limit, and the
+   share grows with its age.
 3. Deadlines: as many prompts as possible get their first token in time, by prediction. That set is
    Moore's and Hodgson's (1968): go through the prompts by deadline, and when one would be late,
    leave out the longest so far. Whoever is left out, or has no target, comes behind.
@@ -11,8 +12,9 @@ What decides, first to last:
    other one late; those behind are served shortest first.
 
 All of it is decided again for every micro-batch, since the remaining prefill shrinks with each
-chunk and with what the prefix cache takes in. Only the oldest prompts, a window that grows with the
-queue, are put in order; behind it they stay by arrival.
+chunk and with what the prefix cache takes in. Only the oldest prompts, a window that grows with
+the queue, are put in order; behind it they stay by arrival. Newcomers have most time left, so a
+window smaller than the queue costs targets: its default only bounds the work of a choice.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from serving.driver.slots import Int64s
 
 #: Prompts whose share of the cache is looked up again for a micro-batch, in turn.
 _LOOKS = 8
+#: While a prompt is served others come, and some go first: it takes so many times as long as alone.
+_CROWD = 1.5
 #: Calls of a program age together as long as none of its gaps is longer, in seconds.
 _PROGRAM_GAP = 600.0
 
@@ -82,6 +86,7 @@ class SloOrder(Order):
         self._entries: list[_Entry] = []  # by arrival
         self._keys: list[int] = []  # their ranks of arrival
         self._credit = 0.0  # prompt tokens that the lane has coming
+        self._lane = oldest_share
         self._aged = False  # whether anybody is old enough for the lane
         self._oldest: Sequence | None = None  # whom the lane serves in this micro-batch
         self._turn = 0
@@ -129,7 +134,8 @@ class SloOrder(Order):
         if program is None or at - program.last > _PROGRAM_GAP:
             program = programs[service.tenant, service.program] = _Program(at, at)
         program.last = max(program.last, at)
-        return min(program.since, at)
+        # Old enough for the lane at once, but a program that never ends is not the oldest for ever.
+        return max(program.since, at - self._age)
 
     # ---- what was served
 
@@ -138,7 +144,7 @@ class SloOrder(Order):
         self.deficits.charge(tenant, prompt=tokens)
         self._slot_tenant[sequence.slot] = tenant
         if self._aged:
-            self._credit += self._share * tokens
+            self._credit += self._lane * tokens
             if sequence is self._oldest:
                 self._credit -= tokens
 
@@ -165,7 +171,10 @@ class SloOrder(Order):
             entries = [e for e in entries if e.sequence.request.service.tenant not in ahead]
         self._oldest = None
         oldest = min(entries, key=lambda entry: entry.since)
-        self._aged = now - oldest.since > self._age
+        age = now - oldest.since
+        self._aged = age > self._age
+        # The older it is, the larger its share, so that the longest wait stays within bounds.
+        self._lane = min(max(self._share, 0.5), self._share * age / max(self._age, 1.0))
         if not self._aged:
             self._credit = 0.0
         elif self._credit > 0:
@@ -175,7 +184,7 @@ class SloOrder(Order):
         window = self._window + max(0, len(entries) - self._window) // 2
         inside = entries[:window]
         deadlines = np.array([entry.deadline for entry in inside])
-        seconds = np.array([entry.seconds for entry in inside])
+        seconds = _CROWD * np.array([entry.seconds for entry in inside])
         for place in in_time_then_shortest(now, deadlines, seconds):
             yield inside[place].sequence
         for entry in entries[window:]:

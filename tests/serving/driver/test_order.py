@@ -95,14 +95,14 @@ def test_a_short_prompt_overtakes_a_long_one_between_its_chunks() -> None:
 def test_what_can_still_be_in_time_goes_before_what_cannot() -> None:
     made = engine("slo")
     made.submit(prompt(60), service=Service(ttft=TtftTarget(0.2)), max_tokens=1)  # takes 0.6 s
-    made.submit(prompt(70), service=Service(ttft=TtftTarget(1.0)), max_tokens=1)
+    made.submit(prompt(70), service=Service(ttft=TtftTarget(1.5)), max_tokens=1)
     made.submit(prompt(8), max_tokens=1)  # best effort
     assert first_served(made) == [2, 3, 1]
 
 
 def test_nobody_is_made_late_for_a_shorter_one() -> None:
     made = engine("slo")
-    made.submit(prompt(60), service=Service(ttft=TtftTarget(0.75)), max_tokens=1)
+    made.submit(prompt(60), service=Service(ttft=TtftTarget(1.0)), max_tokens=1)
     made.submit(prompt(30), service=Service(ttft=TtftTarget(5.0)), max_tokens=1)
     assert first_served(made) == [1, 2]
 
@@ -142,6 +142,29 @@ def test_calls_of_a_program_age_together() -> None:
     slots = made.scheduler.slots
     named = {int(s) for batch in made.scheduler.in_flight for s in batch.prefill_slots}
     assert {int(slots.stream[slot]) for slot in named} == {2, 3}
+
+
+def test_a_program_that_never_ends_is_not_the_oldest_for_ever() -> None:
+    made = engine("slo", oldest_age=1.0, oldest_share=1.0)
+    for at in (0.0, 400.0, 800.0):
+        made.submit(prompt(20), service=Service(program="run"), now=at, max_tokens=1)
+        made.run_all()
+    made.submit(prompt(80), now=810.0, max_tokens=1)
+    made.submit(prompt(90), service=Service(program="run"), now=820.0, max_tokens=1)
+    made.plan(821.0)
+    made.plan(821.1)
+    slots = made.scheduler.slots
+    named = {int(s) for batch in made.scheduler.in_flight for s in batch.prefill_slots}
+    assert {int(slots.stream[slot]) for slot in named} == {4}
+
+
+def test_prompts_of_one_micro_batch_wait_for_a_common_beginning_too() -> None:
+    made = engine("slo", enable_prefix_caching=True, max_num_batched_tokens=128)
+    for last in (1, 2, 3):
+        made.submit([*prompt(40), last], max_tokens=2)
+    made.run_all()
+    made.check_outputs()
+    assert made.scheduler.counters.cached_prompt_tokens == 80
 
 
 # ---- promises
@@ -276,11 +299,25 @@ def test_a_tenant_that_was_away_has_nothing_saved_up() -> None:
 
 def test_counters_of_tenants_that_are_gone_are_forgotten() -> None:
     deficits = Deficits(100)
+    deficits.enter("stays")
     for number in range(10_000):
         deficits.enter(f"key-{number}")
+        assert "stays" not in deficits.ahead()
         deficits.charge(f"key-{number}", prompt=number)
         deficits.leave(f"key-{number}")
     assert len(deficits.served) < 5000
+
+
+def test_who_worked_alone_is_not_behind_a_newcomer() -> None:
+    deficits = Deficits(100)
+    deficits.enter("old")
+    deficits.charge("old", prompt=10_000_000)
+    deficits.leave("old")
+    deficits.enter("new")
+    deficits.enter("old")
+    assert deficits.ahead() == set()
+    deficits.charge("old", answer=60)
+    assert deficits.ahead() == {"old"}
 
 
 # ---- decodes beside prompts
