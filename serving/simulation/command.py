@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serving.config.engine import EngineConfig
 from serving.errors import ConfigError, LecternError
 
 if TYPE_CHECKING:
     from serving.simulation.pipeline import Arrival
+
+_DEFAULTS = EngineConfig(model=Path())
 
 
 def simulate(
@@ -75,13 +78,13 @@ def simulate(
     ] = "0.1",
     order_window: Annotated[
         int, typer.Option(help="For slo: so many of the oldest prompts, and half of those beyond.")
-    ] = 64,
+    ] = _DEFAULTS.order_window,
     oldest_share: Annotated[
         float, typer.Option(help="For slo: share of the prompt tokens for the oldest prompt.")
-    ] = 0.05,
+    ] = _DEFAULTS.oldest_share,
     oldest_age: Annotated[
         float, typer.Option(help="For slo: age in seconds above which a prompt has that share.")
-    ] = 60.0,
+    ] = _DEFAULTS.oldest_age,
     schedule_policy: Annotated[
         list[str] | None,
         typer.Option(
