@@ -221,7 +221,7 @@ def test_the_order_does_not_depend_on_places(
         assert served(times) == served(shuffled)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     long=st.integers(40, 300),
     short=st.integers(1, 16),
@@ -232,10 +232,10 @@ def test_nobody_starves(long: int, short: int, share: float, age: float) -> None
     """A long prompt without a target, and short ones with targets that never stop coming.
 
     Once it is older than `age`, the lane gives it `share` of all prompt tokens that are served, up
-    to one micro-batch that it may be in arrears.
+    to one micro-batch that it may be in arrears. Before it is let in those in all slots may end.
     """
-    budget = 8
-    made = engine("slo", oldest_share=share, oldest_age=age, max_num_seqs=4)
+    budget, num_slots = 8, 4
+    made = engine("slo", oldest_share=share, oldest_age=age, max_num_seqs=num_slots)
     target = made.submit(prompt(long), max_tokens=1)
     now, served = 0.0, 0
     while target in made.scheduler.streams:
@@ -248,11 +248,11 @@ def test_nobody_starves(long: int, short: int, share: float, age: float) -> None
         while len(made.plans) > (plan is not None):
             made.run_one()
         now += 0.08  # what a full micro-batch takes here
-        assert served <= (long + 2 * budget) / share + 2 * budget
+        assert served <= (long + 2 * budget) / share + 2 * budget + num_slots * short
     made.run_all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     lead=st.sampled_from([8, 40, 200]),
     lengths=st.tuples(st.integers(1, 60), st.integers(1, 60)),
