@@ -17,7 +17,7 @@ import torch
 
 from serving import LLM, SamplingParams
 from tests.serving.processes import eventually
-from tests.serving.tiny import FAMILIES, load_reference, make_checkpoint
+from tests.serving.tiny import FAMILIES, greedy_answers, make_checkpoint
 
 PAGE_SIZE = 16
 FEW_PAGES = 14  # the longest prompt and its answer need 10
@@ -83,19 +83,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     def of(family: str) -> tuple[Path, list[list[int]]]:
         if family not in done:
             folder = make_checkpoint(tmp_path_factory.mktemp(family) / family, family)
-            model = load_reference(folder)
-            outputs = []
-            for prompt, length in zip(PROMPTS, LENGTHS, strict=True):
-                ids = torch.tensor([prompt])
-                generated = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=length,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-                outputs.append(generated[0, len(prompt) :].tolist())
-            done[family] = (folder, outputs)
+            done[family] = (folder, greedy_answers(folder, PROMPTS, LENGTHS))
         return done[family]
 
     return of

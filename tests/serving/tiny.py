@@ -126,16 +126,21 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def greedy_answers(folder: Path, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
-    """What transformers answers in float32 with up to `count` tokens; it stops at its end token."""
+def greedy_answers(
+    folder: Path, prompts: Sequence[list[int]], count: int | Sequence[int]
+) -> list[list[int]]:
+    """What transformers answers in float32 with up to `count` tokens, one number for all or one for
+    each prompt; it stops at its end token.
+    """
     model = load_reference(folder)
     answers = []
-    for prompt in prompts:
+    counts = [count] * len(prompts) if isinstance(count, int) else count
+    for prompt, most in zip(prompts, counts, strict=True):
         ids = torch.tensor([prompt])
         found = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
+            max_new_tokens=most,
             do_sample=False,
             pad_token_id=0,
         )

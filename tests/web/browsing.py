@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Locator, Page, sync_playwright
+from playwright.sync_api import expect as expect_once
 
 SESSION_COOKIE = "lectern_session"
 # Generous: the machine may be busy. Nothing here measures time.
 PATIENCE_MS = 30_000
+
+
+def _patiently(page: Page, act: Callable[[], object]) -> None:
+    """Repeat an act while its locator has several matches.
+
+    While a run replaces an element, its predecessor stands beside it for an instant. Playwright
+    waits for a match that is missing, but fails at once where there are two.
+    """
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while True:
+        try:
+            act()
+            return
+        except (AssertionError, Error) as error:
+            if "strict mode violation" not in str(error) or time.monotonic() > deadline:
+                raise
+        page.wait_for_timeout(50)
+
+
+class _Expectation:
+    """The assertions of playwright about `subject`, each tried until it has one match."""
+
+    def __init__(self, subject: Locator | Page, page: Page) -> None:
+        self._subject = subject
+        self._page = page
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def check(*values: Any, **options: Any) -> None:
+            expectation = expect_once(cast(Any, self._subject))
+            _patiently(self._page, lambda: getattr(expectation, name)(*values, **options))
+
+        return check
+
+
+def expect(subject: Locator | Page) -> Any:
+    """As `playwright.sync_api.expect`, but patient with an element that is being replaced."""
+    return _Expectation(subject, subject if isinstance(subject, Page) else subject.page)
+
+
+def click(target: Locator) -> None:
+    """Click when nothing is being replaced or moving: else the click may reach nothing."""
+    settled(target.page)
+    _still(target.page)
+    _patiently(target.page, target.click)
 
 
 @contextmanager
@@ -28,7 +75,7 @@ def chromium(program: str) -> Iterator[Browser]:
 def new_context(browser: Browser, *, width: int = 1280, height: int = 860) -> BrowserContext:
     context = browser.new_context(viewport={"width": width, "height": height}, locale="en-US")
     context.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
+    expect_once.set_options(timeout=PATIENCE_MS)
     return context
 
 
@@ -53,18 +100,21 @@ def settled(page: Page) -> None:
     expect(page.locator("[data-test-script-state=notRunning]")).to_be_attached()
 
 
-def still(page: Page) -> None:
-    """Wait until nothing moves: a click on a thing that moves away under it reaches nothing."""
+def _still(page: Page) -> None:
+    """Wait until nothing moves, at most a second: some animations wait for something themselves."""
     page.evaluate(
-        """() => Promise.allSettled(document.getAnimations()
-            .filter((animation) => animation.effect.getComputedTiming().endTime !== Infinity)
-            .map((animation) => animation.finished))"""
+        """() => Promise.race([
+            Promise.allSettled(document.getAnimations()
+                .filter((animation) => animation.effect.getComputedTiming().endTime !== Infinity)
+                .map((animation) => animation.finished)),
+            new Promise((resolve) => setTimeout(resolve, 1000)),
+        ])"""
     )
 
 
 def go(page: Page, title: str) -> None:
     """Choose a page in the sidebar."""
-    page.get_by_test_id("stSidebarNav").get_by_role("link", name=title).click()
+    click(page.get_by_test_id("stSidebarNav").get_by_role("link", name=title))
 
 
 def session_token(context: BrowserContext) -> str:

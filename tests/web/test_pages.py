@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page
 
 from tests.programs import needs
-from tests.web.browsing import ask, chromium, go, new_context, session_token, settled, sign_in
+from tests.web.browsing import (
+    ask,
+    chromium,
+    click,
+    expect,
+    go,
+    new_context,
+    session_token,
+    settled,
+    sign_in,
+)
 from tests.web.fake_backend import FakeBackend
 from tests.web.serving_pages import running_backend, running_pages
 
@@ -98,9 +108,9 @@ def test_reload_keeps_the_login_and_finds_the_conversation(student: Page) -> Non
     student.reload()
     expect(_answer(student)).to_be_visible()
     expect(student.get_by_test_id("stChatMessage").first).to_contain_text("What is maximal munch?")
-    student.get_by_role("button", name="New conversation").click()
+    click(student.get_by_role("button", name="New conversation"))
     expect(student.get_by_text("What would you like to know?")).to_be_visible()
-    student.get_by_role("button", name="What is maximal munch?").first.click()
+    click(student.get_by_role("button", name="What is maximal munch?").first)
     expect(_answer(student)).to_be_visible()
 
 
@@ -128,7 +138,7 @@ def test_an_answer_shows_its_passages_and_a_citation_opens_its_place(
     expect(answer.locator("pre")).to_have_count(1)
     assert foreign == []
 
-    answer.locator('a[href*="#cite-"]').first.click()
+    click(answer.locator('a[href*="#cite-"]').first)
     dialog = student.get_by_role("dialog")
     expect(dialog).to_contain_text("[1] Lexical analysis")
     expect(dialog).to_contain_text("Lexical analysis › Longest match")
@@ -136,14 +146,14 @@ def test_an_answer_shows_its_passages_and_a_citation_opens_its_place(
     expect(marked).to_contain_text("takes the longest lexeme")
     expect(marked).not_to_contain_text("turns characters into tokens")
     expect(dialog.locator(".frame")).to_contain_text("turns characters into tokens")
-    dialog.get_by_text("Show the whole document").click()
+    click(dialog.get_by_text("Show the whole document"))
     expect(dialog.locator(".frame")).to_contain_text("A character that starts no token")
     expect(marked).to_be_in_viewport()
     assert "#" not in student.url
     student.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
 
-    answer.get_by_role("button", name="2 Lexical analysis › Errors").first.click()
+    click(answer.get_by_role("button", name="2 Lexical analysis › Errors").first)
     expect(student.get_by_role("dialog")).to_contain_text("[2]")
 
 
@@ -188,13 +198,13 @@ def test_conversations_are_renamed_and_deleted(student: Page) -> None:
     ask(student, "A question to rename")
     expect(_answer(student)).to_be_visible()
     settled(student)
-    student.locator(".st-key-conversation-menu button").first.click()
+    click(student.locator(".st-key-conversation-menu button").first)
     student.get_by_label("Title").fill("*A new* name")
     student.get_by_label("Title").press("Enter")
-    student.locator(".st-key-rename button").click()
+    click(student.locator(".st-key-rename button"))
     expect(student.get_by_role("heading", name="*A new* name")).to_be_visible()
     settled(student)
-    student.locator(".st-key-delete button").click()  # the menu is still open
+    click(student.locator(".st-key-delete button"))  # the menu is still open
     expect(student.get_by_text("What would you like to know?")).to_be_visible()
     expect(student.get_by_role("button", name="*A new* name")).to_have_count(0)
 
@@ -206,7 +216,7 @@ def test_logout_in_one_tab_ends_the_other(
     other.goto(stage.url)
     expect(other.get_by_test_id("stChatInputTextArea")).to_be_visible()
     token = session_token(context)
-    student.get_by_role("button", name="Sign out").click()
+    click(student.get_by_role("button", name="Sign out"))
     expect(student.locator("#username")).to_be_visible()
     assert token not in stage.backend.sessions
     # Nobody touches the other tab: it notices by itself.
@@ -275,13 +285,13 @@ def test_two_people_in_two_browsers_see_their_own(stage: Stage) -> None:
 def test_a_key_is_shown_once(stage: Stage, student: Page) -> None:
     go(student, "Keys and usage")
     student.get_by_label("Name of the key").fill("my laptop")
-    student.get_by_role("button", name="Create key").click()
+    click(student.get_by_role("button", name="Create key"))
     shown = student.locator(".st-key-new-key code")
     expect(shown).to_have_text(re.compile(r"^sk-\w{30,}$"))
     key = str(shown.text_content())
     assert key == stage.backend.keys[-1]["key"]
     expect(student.get_by_text(re.compile("api_key="))).to_be_visible()
-    student.get_by_role("button", name="I have stored it").click()
+    click(student.get_by_role("button", name="I have stored it"))
     expect(shown).to_have_count(0)
     stage.backend.keys[-1]["service_class"] = "exam.2027"
     student.reload()
@@ -290,7 +300,7 @@ def test_a_key_is_shown_once(stage: Stage, student: Page) -> None:
     expect(student.get_by_text("exam.2027").first).to_be_visible()
     assert key not in student.content()
     assert key not in stage.log.read_text()
-    student.get_by_role("button", name="Revoke").first.click()
+    click(student.get_by_role("button", name="Revoke").first)
     expect(student.get_by_text("revoked").first).to_be_visible()
 
 
@@ -308,7 +318,7 @@ def test_a_teacher_uploads_a_document_and_finds_it(
     page.locator("input[type=file]").set_input_files(str(file))
     expect(page.get_by_test_id("stFileChip")).to_be_visible()
     stage.backend.may_index.clear()
-    page.get_by_role("button", name="Add to the course").click()
+    click(page.get_by_role("button", name="Add to the course"))
     expect(page.get_by_text("1 uploaded; indexing has begun.")).to_be_visible()
     row = page.locator("[class*=st-key-document-]").filter(has_text="register-allocation.md")
     expect(row.last).to_contain_text("indexing")
@@ -320,17 +330,17 @@ def test_a_teacher_uploads_a_document_and_finds_it(
     page.get_by_role("searchbox").fill("interference graph coloured")
     page.get_by_role("searchbox").press("Enter")
     expect(page.locator("[class*=st-key-result-]").first).to_contain_text("interference graph")
-    page.get_by_role("button", name="Open in the document").first.click()
+    click(page.get_by_role("button", name="Open in the document").first)
     expect(page.get_by_role("dialog").locator("mark")).to_contain_text("Graph colouring")
     page.keyboard.press("Escape")
     go(page, "Course documents")
     settled(page)
-    row.locator("[class*=st-key-remove-] button").first.click()
-    page.get_by_role("button", name="Delete", exact=True).click()
+    click(row.locator("[class*=st-key-remove-] button").first)
+    click(page.get_by_role("button", name="Delete", exact=True))
     expect(row).to_have_count(0)
-    page.get_by_role("tab", name="Members").click()
+    click(page.get_by_role("tab", name="Members"))
     page.get_by_label("User name").fill("nobody")
-    page.get_by_role("button", name="Add member").click()
+    click(page.get_by_role("button", name="Add member"))
     expect(page.get_by_text("There is no user with this name.")).to_be_visible()
 
 
@@ -346,17 +356,17 @@ def test_an_administrator_sees_live_figures_and_makes_users(
     expect(page.get_by_text("368 in use · 470 cached · 1,210 free")).to_be_visible()
     expect(page.locator("[data-testid=stVegaLiteChart]").first).to_be_visible()
     go(page, "Users")
-    page.get_by_text("New user").click()
+    click(page.get_by_text("New user"))
     page.get_by_label("User name", exact=True).fill("zhang")
     page.get_by_label("Display name").fill("张三")
-    page.get_by_role("button", name="Create user").click()
+    click(page.get_by_role("button", name="Create user"))
     password = page.locator(".st-key-one-time-password code")
     expect(password.first).to_be_visible()
     person = next(p for p in stage.backend.people if p.username == "zhang")
     expect(page.locator(".st-key-one-time-password")).to_contain_text(person.password)
-    page.get_by_role("button", name="I have passed it on").click()
+    click(page.get_by_role("button", name="I have passed it on"))
     expect(password).to_have_count(0)
-    page.locator(f".st-key-active-{person.id} button").click()
+    click(page.locator(f".st-key-active-{person.id} button"))
     expect(page.locator(f".st-key-user-{person.id}")).to_contain_text("deactivated")
     assert person.active is False
 
@@ -392,11 +402,11 @@ def test_a_one_time_password_is_changed_before_anything_else(
 
 
 def test_the_language_is_switched_and_kept(stage: Stage, student: Page) -> None:
-    student.get_by_role("link", name="中文").click()
+    click(student.get_by_role("link", name="中文"))
     expect(student.get_by_text("想了解什么？")).to_be_visible()
     student.reload()
     expect(student.get_by_text("想了解什么？")).to_be_visible()
-    student.get_by_role("link", name="English").click()
+    click(student.get_by_role("link", name="English"))
     expect(student.get_by_text("What would you like to know?")).to_be_visible()
 
 

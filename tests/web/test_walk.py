@@ -17,10 +17,10 @@ from queue import Queue
 import openai
 import psutil
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page
 
 from tests.programs import needs
-from tests.web.browsing import ask, chromium, go, new_context, session_token, settled, still
+from tests.web.browsing import ask, chromium, click, expect, go, new_context, session_token
 from tests.web.serving_pages import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -177,10 +177,8 @@ def test_a_student_asks_in_both_languages_and_opens_a_passage(
     expect(stop).to_have_count(0, timeout=ANSWER_MS)
     expect(page.get_by_text("The answer broke off")).to_have_count(0)
     expect(found).to_have_count(2)
-    settled(page)
-    found.last.click()
-    still(page)
-    page.locator("[class*=st-key-found-] button[kind=tertiary]:visible").last.click()
+    click(found.last)
+    click(page.locator("[class*=st-key-found-] button[kind=tertiary]:visible").last)
     dialog = page.get_by_role("dialog")
     expect(dialog.locator("mark")).to_be_in_viewport()
     assert len(str(dialog.locator("mark").text_content()).strip()) > 20
@@ -205,7 +203,7 @@ def test_a_key_made_on_the_page_serves_the_official_client(
     go(page, "Keys and usage")
     expect(page.get_by_text(product.api_url, exact=True)).to_be_visible()
     page.get_by_label("Name of the key").fill("editor")
-    page.get_by_role("button", name="Create key").click()
+    click(page.get_by_role("button", name="Create key"))
     shown = page.locator(".st-key-new-key code")
     expect(shown).to_have_text(re.compile("^sk-"))
     client = openai.OpenAI(base_url=product.api_url, api_key=str(shown.text_content()), timeout=120)
@@ -221,10 +219,10 @@ def test_a_key_made_on_the_page_serves_the_official_client(
     assert reasons[-1] in {"stop", "length"}
     assert len(reasons) > 1
 
-    page.get_by_role("button", name="I have stored it").click()
+    click(page.get_by_role("button", name="I have stored it"))
     page.reload()
     expect(page.get_by_text("editor").first).to_be_visible()
-    page.get_by_role("button", name="Revoke").first.click()
+    click(page.get_by_role("button", name="Revoke").first)
     expect(page.get_by_text("revoked").first).to_be_visible()
     with pytest.raises(openai.AuthenticationError):
         client.models.list()
@@ -249,7 +247,7 @@ def test_a_teacher_uploads_a_document_and_finds_it(
     bad.write_text("this is no PDF")
     page.locator("input[type=file]").set_input_files([str(good), str(bad)])
     expect(page.get_by_test_id("stFileChip")).to_have_count(2)
-    page.get_by_role("button", name="Add to the course").click()
+    click(page.get_by_role("button", name="Add to the course"))
     rows = page.locator("[class*=st-key-document-]")
     expect(rows.filter(has_text=good.name).last).to_contain_text("ready", timeout=ANSWER_MS)
     # What is no PDF is refused at once or fails with a sentence; the other file is not held up.
@@ -261,7 +259,7 @@ def test_a_teacher_uploads_a_document_and_finds_it(
     page.get_by_role("searchbox").press("Enter")
     first = page.locator("[class*=st-key-result-]").first
     expect(first).to_contain_text("whose lunch is due first")
-    first.get_by_role("button", name="Open in the document").click()
+    click(first.get_by_role("button", name="Open in the document"))
     expect(page.get_by_role("dialog").locator("mark")).to_contain_text("lunch is due first")
     context.close()
 

@@ -70,13 +70,15 @@ def test_one_refused_sequence_refuses_the_request(
     assert len(server.engine.calls) == 4
 
 
-def test_a_refusal_goes_before_what_came_of_other_sequences(start: Callable[..., Server]) -> None:
+def test_a_refusal_goes_before_what_came_of_other_sequences(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = start()
 
     async def at_once(call: Call) -> None:
         """No pause: the first choice is there when the second one is refused."""
 
-    server.engine._wait = at_once  # type: ignore[method-assign]
+    monkeypatch.setattr(server.engine, "_wait", at_once)
     server.engine.refuses = lambda call: OverloadedError(TOLD, 3.0) if call.choice else None
     with server.client() as client:
         answer = client.post("/v1/chat/completions", json={**ASK, "n": 2, "stream": True})

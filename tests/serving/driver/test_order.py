@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from serving.config.service import Service, TtftTarget
 from serving.driver.order.fairness import Deficits
-from serving.driver.order.slo import in_time_then_shortest
+from serving.driver.order.slo import SloOrder, in_time_then_shortest
 from serving.driver.predictor import StepFeatures
 from tests.serving.driver.fake import FakeEngine
 
@@ -266,7 +266,9 @@ def test_service_is_shared_out_between_tenants(
     """
     made = engine("slo", fairness_tokens=lead, max_num_seqs=4, oldest_share=0.0)
     names = ("light", "heavy")
-    deficits: Deficits = made.scheduler.order.deficits  # type: ignore[attr-defined]
+    order = made.scheduler.order
+    assert isinstance(order, SloOrder)
+    deficits = order.deficits
     most = lead + 2 * 8 + 2 * 4 * max(answers) + max(lengths)
     for _ in range(400):
         for name, length, answer in zip(names, lengths, answers, strict=True):
