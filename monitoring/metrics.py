@@ -7,7 +7,7 @@ One process owns a registry: the engine's API process and the backend each make 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -121,6 +121,16 @@ class EngineMetrics:
             "Mean relative error of late predictions of a stage's step time.",
             ("stage",),
         )
+        self._stage_layers = gauge("stage_layers", "Layers that a stage computes.", ("stage",))
+        self._layer_moves = counter(
+            "layer_moves_total",
+            "Moves of layers between stages, by the stage that was predicted slowest; asked where "
+            "somebody wanted it.",
+            ("slowest_stage",),
+        )
+        self._layer_move_seconds = histogram(
+            "layer_move_seconds", "Decision to switch of a move of layers.", TTFT_BUCKETS
+        )
         # Series that exist from the start read 0 instead of being absent.
         for single in (self._up, self._running, self._waiting):
             single.labels(**self._model).set(0)
@@ -183,6 +193,16 @@ class EngineMetrics:
 
     def set_prediction_error(self, stage: int, ratio: float) -> None:
         self._prediction_error.labels(**self._model, stage=str(stage)).set(ratio)
+
+    def set_stage_layers(self, counts: Sequence[int]) -> None:
+        for stage, layers in enumerate(counts):
+            self._stage_layers.labels(**self._model, stage=str(stage)).set(layers)
+
+    def count_layer_move(self, slowest_stage: int | None, seconds: float) -> None:
+        """Layers moved for the sake of a stage, or because that was asked for (None)."""
+        why = "asked" if slowest_stage is None else str(slowest_stage)
+        self._layer_moves.labels(**self._model, slowest_stage=why).inc()
+        self._layer_move_seconds.labels(**self._model).observe(seconds)
 
     def set_driver_totals(
         self,

@@ -111,6 +111,26 @@ MaxRows = Annotated[
     int,
     typer.Option(help="Decodes and prompts together in one micro-batch; 0: as --max-num-seqs."),
 ]
+LayerLayout = Annotated[
+    str,
+    typer.Option(
+        help="Layers of each stage, such as 10,9,9,8; default: evenly.", show_default=False
+    ),
+]
+LayerRebalance = Annotated[
+    str,
+    typer.Option(
+        help="auto lets layers move between stages while requests run, when that is predicted to "
+        "make the slowest stage faster; off keeps the layout. Between stages on the CPU so far."
+    ),
+]
+MovableLayers = Annotated[
+    int,
+    typer.Option(
+        help="For --layer-rebalance auto: by how many layers a bound between two stages may move; "
+        "both stages hold their weights and keep room for their KV."
+    ),
+]
 PageSize = Annotated[int, typer.Option(help="Tokens in one KV page, a power of two.")]
 Seed = Annotated[
     int, typer.Option(help="Seed of random weights (--load-format dummy); requests have their own.")
@@ -225,6 +245,9 @@ def serve(
     prefill_spread: PrefillSpread = 12,
     prefill_floor: PrefillFloor = 128,
     max_num_batched_rows: MaxRows = 0,
+    layer_layout: LayerLayout = "",
+    layer_rebalance: LayerRebalance = _DEFAULTS.layer_rebalance,
+    movable_layers: MovableLayers = _DEFAULTS.movable_layers,
     page_size: PageSize = 16,
     enable_prefix_caching: Annotated[
         bool,
@@ -277,6 +300,9 @@ def serve(
             prefill_spread=prefill_spread,
             prefill_floor=prefill_floor,
             max_num_batched_rows=max_num_batched_rows or None,
+            layer_layout=parse_layout(layer_layout),
+            layer_rebalance=layer_rebalance,
+            movable_layers=movable_layers,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
             order=order,
@@ -337,6 +363,18 @@ def parse_size(text: str, flag: str) -> int:
 def parse_devices(text: str) -> list[str] | None:
     """The names in a list such as cuda:0,cuda:1; None for an empty one."""
     return [name.strip() for name in text.split(",")] if text else None
+
+
+def parse_layout(text: str) -> list[int] | None:
+    """The numbers in a list such as 10,9,9,8; None for an empty one. Raises ConfigError."""
+    if not text:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--layer-layout must be numbers such as 10,9,9,8, not {text!r}.", "--layer-layout"
+        ) from None
 
 
 def _home() -> Path:

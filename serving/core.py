@@ -10,6 +10,7 @@ Nothing here imports torch or an HTTP library.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -292,5 +293,28 @@ class Layout(msgspec.Struct, frozen=True):
     def num_stages(self) -> int:
         return len(self.bounds) - 1
 
+    @property
+    def counts(self) -> list[int]:
+        """Number of layers of each stage."""
+        return [len(self.layers(stage)) for stage in range(self.num_stages)]
+
     def layers(self, stage: int) -> range:
         return range(self.bounds[stage], self.bounds[stage + 1])
+
+    def owner(self, layer: int) -> int:
+        return bisect_right(self.bounds, layer) - 1
+
+    def windows(self, movable: int) -> list[range]:
+        """Where each bound may come to lie when it moves by at most `movable` layers from here and
+        every stage keeps a layer."""
+        last, layers = self.num_stages, self.bounds[-1]
+        inner = [
+            range(max(index, bound - movable), min(layers - last + index, bound + movable) + 1)
+            for index, bound in enumerate(self.bounds[1:-1], start=1)
+        ]
+        return [range(1), *inner, range(layers, layers + 1)]
+
+    def resident(self, stage: int, movable: int) -> range:
+        """The layers that a stage may come to own in that way: it holds weights and KV for all."""
+        windows = self.windows(movable)
+        return range(windows[stage][0], windows[stage + 1][-1])

@@ -33,8 +33,10 @@ from serving.messages import (
     DriverSpec,
     EngineStats,
     Failed,
+    LayersMoved,
     Progress,
     Ready,
+    Rebalance,
     Refused,
     StepOutputs,
     Stop,
@@ -107,6 +109,8 @@ class Engine:
         self.num_pages = 0
         #: Called with every new picture of the engine.
         self.on_stats: Callable[[EngineStats], None] | None = None
+        #: Called when layers have moved between stages.
+        self.on_move: Callable[[LayersMoved], None] | None = None
         self._layout = _layout(config, self.model_config)
         rank_config(self.model_config, config.tensor_parallel_size)
         self._on_progress: Callable[[str], None] | None = None
@@ -227,6 +231,24 @@ class Engine:
         if self.state == "starting":
             raise EngineDeadError("The engine is still starting; try again in a moment.")
 
+    def move_layers(self, counts: list[int]) -> None:
+        """Let stage i have counts[i] layers as soon as may be; `stats.layers` says what is.
+
+        Raises ConfigError where the stages cannot hold that, EngineDeadError.
+        """
+        self._raise_if_dead()
+        windows = self._layout.windows(self.config.movable)
+        bounds = Layout.of_counts(counts).bounds
+        fits = len(bounds) == len(windows) and min(counts) > 0
+        if not fits or any(b not in window for b, window in zip(bounds, windows, strict=True)):
+            raise ConfigError(
+                f"Layers cannot move from {self._layout.counts} to {counts}: with "
+                f"--layer-rebalance {self.config.layer_rebalance} each bound between two stages "
+                f"may move by {self.config.movable} layers.",
+                "--movable-layers",
+            )
+        self._send(Rebalance(counts))
+
     # ---- life and death
 
     async def wait_dead(self) -> str:
@@ -335,6 +357,9 @@ class Engine:
                 self.stats = message
                 if self.on_stats is not None:
                     self.on_stats(message)
+            elif isinstance(message, LayersMoved):
+                if self.on_move is not None:
+                    self.on_move(message)
             elif isinstance(message, Progress):
                 if self._on_progress is not None:
                     self._on_progress(message.text)

@@ -24,11 +24,17 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     stream: int
 
 
+class Rebalance(msgspec.Struct, frozen=True, tag="rebalance"):
+    """Move layers so that stage i has counts[i] of them."""
+
+    counts: list[int]
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End the engine: the driver shuts the stages down and exits."""
 
 
-ToDriver = Submit | Abort | Stop
+ToDriver = Submit | Abort | Rebalance | Stop
 
 
 # ---- driver to client process
@@ -111,11 +117,23 @@ class StageSeconds(msgspec.Struct, kw_only=True):
     idle: float = 0.0
 
 
+class LayersMoved(msgspec.Struct, frozen=True, tag="layers_moved"):
+    """From the next micro-batch on stage i has counts[i] layers. `seconds` from the decision to the
+    switch; `slowest` is the stage for whose sake they moved, None when that was asked for."""
+
+    counts: list[int]
+    before: list[int]
+    seconds: float
+    slowest: int | None
+    why: str
+
+
 class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     """A picture of the engine; counters count since its start.
 
     `microbatches` lists [decode tokens, prefill tokens] of each micro-batch since the last picture.
-    `prediction_errors` is the mean relative error of late predictions of each stage's step time.
+    `prediction_errors` is the mean relative error of late predictions of each stage's step time,
+    `layers` the number of layers of each stage.
     """
 
     running: int = 0
@@ -132,9 +150,10 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     microbatches: list[tuple[int, int]] = []
     stages: list[StageSeconds] = []
     prediction_errors: list[float | None] = []
+    layers: list[int] = []
 
 
-ToClient = Progress | Ready | Failed | StepOutputs | EngineStats
+ToClient = Progress | Ready | Failed | StepOutputs | LayersMoved | EngineStats
 
 
 # ---- driver to stage
@@ -150,11 +169,22 @@ class AllocateKv(msgspec.Struct, frozen=True, tag="kv", array_like=True):
     max_model_len: int
 
 
+class MoveLayers(msgspec.Struct, frozen=True, tag="move", array_like=True):
+    """Layers are going to change their stages, as `layout` says, with the first plan of its epoch.
+
+    Until then the old owners send KV to the new ones: all `pages` (uint32) that hold anything now,
+    then what each micro-batch planned after this message writes.
+    """
+
+    layout: Layout
+    pages: bytes
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
     pass
 
 
-ToStage = AllocateKv | StepPlan | Shutdown
+ToStage = AllocateKv | StepPlan | MoveLayers | Shutdown
 
 
 # ---- stage to driver
@@ -194,6 +224,16 @@ class StageStats(msgspec.Struct, frozen=True, tag="stats"):
     steps: list[tuple[int, float]] = []
 
 
+class LayersCopied(msgspec.Struct, frozen=True, tag="copied"):
+    """A rank that gets layers has all pages of the move to `epoch`; when `settled`, also what was
+    written until the switch."""
+
+    stage: int
+    rank: int
+    epoch: int
+    settled: bool
+
+
 class StageFailed(msgspec.Struct, frozen=True, tag="failed"):
     stage: int
     kind: str
@@ -217,7 +257,15 @@ class StepResult(msgspec.Struct, kw_only=True, frozen=True, tag="result"):
     top_k: int = 0
 
 
-FromStage = StageProgress | StageLoaded | StageStarted | StageStats | StageFailed | StepResult
+FromStage = (
+    StageProgress
+    | StageLoaded
+    | StageStarted
+    | StageStats
+    | LayersCopied
+    | StageFailed
+    | StepResult
+)
 
 
 # ---- what a child process reads from its standard input at start
@@ -234,10 +282,13 @@ class DriverSpec(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class StageSpec(msgspec.Struct, kw_only=True, frozen=True):
+    """`layout` is the one to begin with, `home` the one from which layers may move so far."""
+
     config: EngineConfig
     directory: str
     parent_pid: int
     layout: Layout
+    home: Layout
     stage: int
     threads: int
     rank: int = 0

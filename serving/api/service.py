@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +16,7 @@ from serving.api.logs import log
 from serving.config.service import Service
 from serving.core import SamplingParams, TokenOutput
 from serving.errors import ConfigError, LecternError, ModelError
-from serving.messages import EngineStats
+from serving.messages import EngineStats, LayersMoved
 from serving.tokenizer import Tokenizer
 
 #: Restarts in a row that may fail before the process gives up.
@@ -33,6 +33,8 @@ class EngineLike(Protocol):
 
     #: Called with every new picture of the driver.
     on_stats: Callable[[EngineStats], None] | None
+    #: Called when layers have moved between stages.
+    on_move: Callable[[LayersMoved], None] | None
 
     def generate(
         self,
@@ -95,6 +97,7 @@ class ModelService:
         """Start the engine and make it produce one token. Raises what the engine raises."""
         self._engine = await self._start_engine()
         self._engine.on_stats = self.take_stats
+        self._engine.on_move = self.take_move
         await self._produce_a_token()
         self._become_ready()
         self._watcher = asyncio.create_task(self._watch())
@@ -185,6 +188,19 @@ class ModelService:
         self._microbatches = 0
         self._microbatch_tokens = {"prefill": 0, "decode": 0}
 
+    def take_move(self, move: LayersMoved) -> None:
+        """Layers moved between stages: log why, and count it."""
+        self.metrics.count_layer_move(move.slowest, move.seconds)
+        self.metrics.set_stage_layers(move.counts)
+        log(
+            logging.INFO,
+            "layers moved between stages",
+            before=_listed(move.before),
+            now=_listed(move.counts),
+            seconds=move.seconds,
+            why=move.why,
+        )
+
     def take_stats(self, stats: EngineStats) -> None:
         """Store a picture of the driver in the metrics."""
         for decode, prefill in stats.microbatches:
@@ -195,6 +211,7 @@ class ModelService:
         for number, error in enumerate(stats.prediction_errors):
             if error is not None:
                 self.metrics.set_prediction_error(number, error)
+        self.metrics.set_stage_layers(stats.layers)
         self.metrics.set_driver_totals(
             running=stats.running,
             waiting=stats.waiting,
@@ -216,3 +233,7 @@ class ModelService:
                 for number, stage in enumerate(stats.stages)
             },
         )
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return ",".join(map(str, counts))

@@ -166,6 +166,15 @@ def bench(
     max_num_batched_rows: Annotated[
         int, typer.Option(help="Rows of one micro-batch; 0: as --max-num-seqs.")
     ] = 0,
+    layer_layout: Annotated[
+        str, typer.Option(help="Layers of each stage, such as 10,9,9,8.", show_default=False)
+    ] = "",
+    layer_rebalance: Annotated[
+        str, typer.Option(help="off, or auto to let layers move between stages on the CPU.")
+    ] = "off",
+    movable_layers: Annotated[
+        int, typer.Option(help="Layers by which a bound between two stages may move.")
+    ] = 2,
     page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
     threads: Annotated[
         int, typer.Option(help="Compute threads of each rank; 0: the cores are shared out.")
@@ -196,7 +205,7 @@ def bench(
     """
     from serving.bench.settings import Settings, TraceSettings
     from serving.bench.targets import BenchError
-    from serving.cli import fail, parse_devices
+    from serving.cli import fail, parse_devices, parse_layout
 
     if seed < 0:
         fail(ConfigError(f"--seed must be at least 0, not {seed}.", "--seed"))
@@ -215,6 +224,7 @@ def bench(
     )
     try:
         wanted.check(loads=bool(load), url=bool(url))
+        layout = parse_layout(layer_layout)
     except ConfigError as refused:
         fail(refused)
     loads = load or []
@@ -247,6 +257,9 @@ def bench(
             "prefill_spread": prefill_spread,
             "prefill_floor": prefill_floor,
             "max_num_batched_rows": max_num_batched_rows or None,
+            "layer_layout": layout,
+            "layer_rebalance": layer_rebalance,
+            "movable_layers": movable_layers,
             "threads": threads or None,
         },
     )

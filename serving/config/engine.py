@@ -29,11 +29,13 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `order` is the order of service of waiting prompts; the four that follow belong to slo
     (`serving/driver/order/slo.py`). Requests whose first token is predicted to come after more than
     `max_predicted_ttft` seconds are refused.
-    `layer_layout` gives the number of layers of each stage. `devices` names one torch device a
-    rank, those of stage 0 first. `threads` is the number of compute threads a rank; by default the
-    cores are shared out. `step_timeout` seconds without a result of a running micro-batch mean that
-    a stage hangs. `transport` links stages on GPUs: auto is peer where the machine allows it,
-    else nccl.
+    `layer_layout` gives the number of layers of each stage. With `layer_rebalance` auto layers move
+    between stages when that makes the slowest one faster, with asked when `Engine.move_layers` is
+    called; each bound between two stages by at most `movable_layers`, for which both keep room.
+    `devices` names one torch device a rank, those of stage 0 first. `threads` is the number of
+    compute threads a rank; by default the cores are shared out. `step_timeout` seconds without a
+    result of a running micro-batch mean that a stage hangs. `transport` links stages on GPUs: auto
+    is peer where the machine allows it, else nccl.
     """
 
     model: Path
@@ -66,6 +68,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     served_model_name: str | None = None
     seed: int = 0
     layer_layout: list[int] | None = None
+    layer_rebalance: Literal["off", "asked", "auto"] = "off"
+    movable_layers: int = 2
     devices: list[str] | None = None
     transport: Literal["auto", "peer", "nccl"] = "auto"
     threads: int | None = None
@@ -124,6 +128,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
             )
         if self.devices is not None:
             _check_devices(self.devices, stages, self.tensor_parallel_size)
+        _check_choice(self.layer_rebalance, ("off", "asked", "auto"), "--layer-rebalance")
+        _check_int(self.movable_layers, 1, 1024, "--movable-layers")
         layout = self.layer_layout
         if layout is not None and (len(layout) != stages or min(layout, default=0) < 1):
             raise ConfigError(
@@ -143,6 +149,12 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         if self.schedule_policy != "auto":
             return self.schedule_policy
         return "throttle" if self.pipeline_parallel_size > 1 else "classic"
+
+    @property
+    def movable(self) -> int:
+        """By how many layers a bound between two stages may move."""
+        may_move = self.layer_rebalance != "off" and self.pipeline_parallel_size > 1
+        return self.movable_layers if may_move else 0
 
     def stage_device(self, stage: int, rank: int = 0) -> str:
         """The torch device of one rank of a stage, or "auto"."""

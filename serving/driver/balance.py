@@ -6,8 +6,10 @@ time over the window least. A decision is plain computation: how layers move is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -23,15 +25,13 @@ from serving.driver.predictor import (
 
 @dataclass(frozen=True)
 class StageCost:
-    """Mean seconds a micro-batch of the window takes: for one layer, and whatever the layers are.
-
-    The stage owns at least `fewest` and at most `most` layers, those it can hold.
-    """
+    """Mean seconds of a micro-batch of the window: of one layer, and whatever the layers are."""
 
     layer: float
     fixed: float
-    fewest: int = 1
-    most: int = 1 << 30
+
+    def seconds(self, layers: int) -> float:
+        return self.fixed + layers * self.layer
 
 
 def stage_costs(
@@ -55,26 +55,42 @@ def stage_costs(
 
 def slowest(costs: Sequence[StageCost], counts: Sequence[int]) -> float:
     """Seconds of the slowest stage when stage i owns `counts[i]` layers."""
-    return max(cost.fixed + count * cost.layer for cost, count in zip(costs, counts, strict=True))
+    return max(cost.seconds(count) for cost, count in zip(costs, counts, strict=True))
 
 
-def best_counts(costs: Sequence[StageCost], layers: int) -> list[int] | None:
-    """Layers of each stage that make the slowest one fastest; None if they do not fit.
-
-    Layers are given out one by one, each to the stage that is then done first. As all layers of a
-    stage cost the same, no other choice has a faster slowest stage.
+def best_counts(costs: Sequence[StageCost], windows: Sequence[range]) -> list[int]:
+    """Layers of each stage that make the slowest one fastest, and of all such the ones with the
+    smallest sum of squared times. `windows` say where each bound may lie (`Layout.windows`).
     """
-    counts = [cost.fewest for cost in costs]
-    for _ in range(layers - sum(counts)):
-        places = [stage for stage, cost in enumerate(costs) if counts[stage] < cost.most]
-        if not places:
-            return None
-        counts[min(places, key=lambda stage: _with_one_more(costs, counts, stage))] += 1
-    return counts if sum(counts) == layers else None
+    least, _ = _search(costs, windows, max)
+    limit = least * (1 + 1e-9)
+
+    def squares(total: float, seconds: float) -> float:
+        return total + seconds * seconds if seconds <= limit else math.inf
+
+    _, bounds = _search(costs, windows, squares)
+    return [end - start for start, end in pairwise(bounds)]
 
 
-def _with_one_more(costs: Sequence[StageCost], counts: Sequence[int], stage: int) -> float:
-    return costs[stage].fixed + (counts[stage] + 1) * costs[stage].layer
+def _search(
+    costs: Sequence[StageCost],
+    windows: Sequence[range],
+    weigh: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """The bounds of least weight, stage by stage: each end has its best way from the first layer.
+    `weigh` adds a stage's seconds to the weight of the stages before."""
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
+    for cost, window in zip(costs, windows[1:], strict=True):
+        best = {
+            end: min(
+                (weigh(weight, cost.seconds(end - start)), [*bounds, end])
+                for start, (weight, bounds) in best.items()
+                if start < end
+            )
+            for end in window
+            if end > min(best)
+        }
+    return best[windows[-1][0]]
 
 
 def layers_moved(before: Layout, after: Layout) -> int:
@@ -87,21 +103,23 @@ def layers_moved(before: Layout, after: Layout) -> int:
 
 @dataclass(frozen=True)
 class Move:
-    """A new layout, and why: seconds of the slowest stage before and after, as predicted."""
+    """A new layout, and why: seconds of the slowest stage before and after, as predicted, and which
+    stage that is before."""
 
     layout: Layout
     before: float
     after: float
+    slowest: int
 
     @property
     def gain(self) -> float:
         return 1 - self.after / self.before
 
     def sentence(self) -> str:
-        counts = [len(self.layout.layers(stage)) for stage in range(self.layout.num_stages)]
         return (
-            f"layers move to {counts}: the slowest stage takes {1000 * self.before:.2f} ms a "
-            f"micro-batch and is predicted to take {1000 * self.after:.2f} ms"
+            f"layers move to {self.layout.counts}: the slowest stage takes "
+            f"{1000 * self.before:.2f} ms a micro-batch and is predicted to take "
+            f"{1000 * self.after:.2f} ms"
         )
 
 
@@ -121,9 +139,17 @@ class Balancer:
     longest_dwell = 120.0
     times_cost = 2.0
 
-    def __init__(self, layout: Layout, *, seconds_a_layer: float = 0.01) -> None:
-        """`seconds_a_layer`: of the whole pipeline's time that moving one layer costs."""
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        windows: Sequence[range] | None = None,
+        seconds_a_layer: float = 0.01,
+    ) -> None:
+        """`windows` say where each bound may lie; by default anywhere. `seconds_a_layer`: of the
+        whole pipeline's time that moving one layer costs."""
         self.layout = layout
+        self._windows = windows or layout.windows(layout.bounds[-1])
         self._seconds_a_layer = seconds_a_layer
         self._dwell = self.dwell
         self._moved_at: float | None = None
@@ -135,12 +161,11 @@ class Balancer:
         """A move that is worth it at `now` (seconds), or None. `error` is that of the predictions;
         None, nothing known yet, moves nothing.
         """
-        current = _counts(self.layout)
-        layers = sum(current)
-        best = best_counts(costs, layers)
-        if error is None or best is None:
+        if error is None:
             self._candidate = None
             return None
+        current = self.layout.counts
+        best = best_counts(costs, self._windows)
         before = slowest(costs, current)
         needed = 1 - max(self.margin, error)
         kept = self._candidate
@@ -161,10 +186,12 @@ class Balancer:
         won = (1 - after / before) * max(self._dwell, now - self._since)
         if won < self.times_cost * self._seconds_a_layer * layers_moved(self.layout, layout):
             return None
-        return self._move(now, Move(Layout(self.layout.epoch + 1, layout.bounds), before, after))
+        times = [cost.seconds(count) for cost, count in zip(costs, current, strict=True)]
+        layout = Layout(self.layout.epoch + 1, layout.bounds)
+        return self._move(now, Move(layout, before, after, times.index(before)))
 
     def _move(self, now: float, move: Move) -> Move:
-        current, after = _counts(self.layout), _counts(move.layout)
+        current, after = self.layout.counts, move.layout.counts
         if self._before_last is not None and _goes_back(self._before_last, current, after):
             self._dwell = min(self.longest_dwell, 2 * self._dwell)
         else:
@@ -173,10 +200,6 @@ class Balancer:
         self._candidate = None
         self.layout = move.layout
         return move
-
-
-def _counts(layout: Layout) -> list[int]:
-    return [len(layout.layers(stage)) for stage in range(layout.num_stages)]
 
 
 def _goes_back(first: list[int], second: list[int], third: list[int]) -> bool:

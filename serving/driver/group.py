@@ -69,6 +69,7 @@ class StageGroup:
                 directory=spec.directory,
                 parent_pid=pid,
                 layout=spec.layout,
+                home=spec.layout,
                 stage=worker // self._ranks,
                 rank=worker % self._ranks,
                 threads=threads,
@@ -101,8 +102,7 @@ class StageGroup:
 
     def wait_started(self, num_pages: int, max_model_len: int) -> None:
         """Let all workers make their pages and use every link once."""
-        for worker in range(len(self.children)):
-            self._send(worker, AllocateKv(num_pages, max_model_len))
+        self.send_all(AllocateKv(num_pages, max_model_len))
         started: set[tuple[int, int]] = set()
         while len(started) < len(self.children):
             started.update((m.stage, m.rank) for m in self._wait() if isinstance(m, StageStarted))
@@ -133,6 +133,11 @@ class StageGroup:
                 encoded = self._encoder.encode(msgspec.structs.replace(plan, admitted=admitted))
             for rank in range(self._ranks):
                 self._send_bytes(stage * self._ranks + rank, encoded)
+
+    def send_all(self, message: ToStage) -> None:
+        """Send a message to every worker, in its place among the plans."""
+        for worker in range(len(self.children)):
+            self._send(worker, message)
 
     def receive(self) -> list[FromStage]:
         """Everything that has come back; never waits."""

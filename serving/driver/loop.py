@@ -9,10 +9,12 @@ import msgspec
 import numpy as np
 import zmq
 
-from serving.core import Request, SamplingParams
+from serving.core import Layout, Request, SamplingParams
+from serving.driver.balance import Balancer, Move, stage_costs
 from serving.driver.completion import Completion
 from serving.driver.group import StageGroup
 from serving.driver.limits import resolve_limits
+from serving.driver.migration import Migration
 from serving.driver.scheduler import Counters, Scheduler
 from serving.driver.timings import StepTimings
 from serving.errors import EngineDeadError
@@ -20,8 +22,11 @@ from serving.messages import (
     Abort,
     DriverSpec,
     EngineStats,
+    LayersCopied,
+    LayersMoved,
     Progress,
     Ready,
+    Rebalance,
     Refused,
     StageFailed,
     StageSeconds,
@@ -36,6 +41,7 @@ from serving.messages import (
 )
 
 _STATS_SECONDS = 0.5
+_BALANCE_SECONDS = 0.1
 _WARM_UP_STREAM = 0
 _MAX_REPORTED_BATCHES = 4096
 
@@ -61,6 +67,15 @@ class Driver:
         self._timings = StepTimings(spec.layout)
         # Whether anything depends on how long micro-batches will take.
         self._looks_ahead = spec.config.order == "slo" or bool(spec.config.max_predicted_ttft)
+        self._migration = Migration(
+            spec.layout, spec.config.movable, spec.config.tensor_parallel_size
+        )
+        self._balancer: Balancer | None = None
+        if spec.config.movable and spec.config.layer_rebalance == "auto":
+            self._balancer = Balancer(spec.layout, windows=self._migration.windows)
+        self._balanced_at = 0.0
+        self._asked: Layout | None = None
+        self._move_told = LayersMoved([], [], 0.0, None, "")
         self._measured: tuple[str, list[str], str] | None = None
         self._told_at = 0.0
         self._untold = True
@@ -71,6 +86,7 @@ class Driver:
         self._start()
         while not self._stopping:
             self._take_arrivals()
+            self._move_layers()
             planned = self._send_next_plan()
             self._take_results(wait=not planned)
             self._tell_stats()
@@ -98,6 +114,8 @@ class Driver:
                     self._take(message.request, now)
                 elif isinstance(message, Abort):
                     self._scheduler.abort(message.stream)
+                elif isinstance(message, Rebalance):
+                    self._asked = Layout.of_counts(message.counts)
                 elif isinstance(message, Stop):
                     self._stopping = True
         except zmq.Again:
@@ -120,6 +138,46 @@ class Driver:
         if ttft > limit:
             scheduler.withdraw(sequence)
             self.tell(StepOutputs(refused=[Refused(request.stream, ttft, ttft - limit)]))
+
+    def _move_layers(self) -> None:
+        """Begin a move that is asked for or worth it, or switch when one is ready."""
+        migration = self._migration
+        now = time.monotonic()
+        if migration.idle:
+            self._begin_move(now)
+        elif (seconds := migration.switch(now)) is not None:
+            self._scheduler.epoch = migration.layout.epoch
+            self._timings.relayout(self._scheduler.next_number, migration.layout)
+            self._untold = True
+            self.tell(msgspec.structs.replace(self._move_told, seconds=seconds))
+
+    def _begin_move(self, now: float) -> None:
+        migration = self._migration
+        layout, self._asked = self._asked, None
+        slowest, why = None, "asked for"
+        if layout is None:
+            move = self._worthwhile_move(now)
+            if move is None:
+                return
+            layout, slowest, why = move.layout, move.slowest, move.sentence()
+        if layout.bounds == migration.layout.bounds:
+            return
+        self._move_told = LayersMoved(layout.counts, migration.layout.counts, 0.0, slowest, why)
+        held = self._scheduler.pool.held()
+        self._group.send_all(migration.begin(layout, held, now))
+
+    def _worthwhile_move(self, now: float) -> Move | None:
+        balancer, timings = self._balancer, self._timings
+        window = timings.window
+        if balancer is None or now - self._balanced_at < _BALANCE_SECONDS:
+            return None
+        if len(window) < (window.maxlen or 0) or not self._scheduler.in_flight:
+            return None
+        self._balanced_at = now
+        errors = timings.errors
+        worst = None if None in errors else max(error for error in errors if error is not None)
+        balancer.layout = self._migration.layout
+        return balancer.decide(now, stage_costs(timings.predictors, window), worst)
 
     def _send_next_plan(self) -> bool:
         """Choose one micro-batch and send its plan; tells whether there was one."""
@@ -156,6 +214,8 @@ class Driver:
                 self._stages[message.stage] = message.seconds
                 self._timings.took(message.stage, message.steps)
                 self._untold = True
+            elif isinstance(message, LayersCopied):
+                self._migration.copied(message)
             elif isinstance(message, StageFailed):
                 raise self._group.failure(message)
         self._check_progress()
@@ -211,6 +271,7 @@ class Driver:
                 microbatches=self._batches,
                 stages=self._stages,
                 prediction_errors=self._timings.errors,
+                layers=self._migration.layout.counts,
             )
         )
         self._batches = []

@@ -171,6 +171,11 @@ class PagePool:
         holders = self._holders
         return sum(1 for page in pages if not holders[page])
 
+    def held(self) -> list[int]:
+        """Pages that hold anything: cached or in use."""
+        free = set(self._free)
+        return [page for page in range(self.num_pages) if page not in free]
+
     def check(self) -> None:
         """Assert the invariant free + cached + in use == all."""
         states = np.zeros(self.num_pages, dtype=np.int32)

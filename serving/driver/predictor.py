@@ -136,19 +136,20 @@ class StagePredictor:
             self._solve()
         return self._coefficients
 
-    def vector(self, step: StepFeatures) -> Vector:
+    def vector(self, step: StepFeatures, layers: int | None = None) -> Vector:
         head = head_vector(step) if self.has_head else np.zeros(NUM_HEAD)
-        return np.concatenate((self.layers * layer_vector(step), head))
+        return np.concatenate(((layers or self.layers) * layer_vector(step), head))
 
     def predict(self, step: StepFeatures) -> float:
         """Seconds; never negative, and never far outside what was seen."""
         return self._bounded(float(np.dot(self.vector(step), self.coefficients)))
 
-    def observe(self, step: StepFeatures, seconds: float) -> None:
-        """Learn from a step that took so many seconds. What is not above 0 is not counted."""
+    def observe(self, step: StepFeatures, seconds: float, layers: int | None = None) -> None:
+        """Learn from a step that took so many seconds, with so many layers if not those of now.
+        What is not above 0 is not counted."""
         if not 0 < seconds < np.inf:
             return
-        vector = self.vector(step)
+        vector = self.vector(step, layers)
         if self.seen >= self._solve_every or self._known:
             predicted = self._bounded(float(np.dot(vector, self._coefficients)))
             if predicted > 0:

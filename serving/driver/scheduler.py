@@ -143,6 +143,11 @@ class Scheduler:
         self._released.append(slot)
 
     @property
+    def next_number(self) -> int:
+        """Of the plan that is chosen next."""
+        return self._next_number
+
+    @property
     def num_running(self) -> int:
         return int(np.count_nonzero(self.slots.alive))
 

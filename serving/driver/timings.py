@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,8 @@ from serving.driver.slots import SlotTable
 
 _MOST_PENDING = 4096
 _WORTH_KEEPING = 1000  # steps
+_WINDOW = 256
+_LAYOUTS = 16
 
 
 class _Kept(msgspec.Struct, kw_only=True, frozen=True):
@@ -42,6 +45,9 @@ class StepTimings:
 
     def __init__(self, layout: Layout) -> None:
         last = layout.num_stages - 1
+        self._layouts: deque[tuple[int, Layout]] = deque([(0, layout)])
+        #: Features of late micro-batches, for the balancer.
+        self.window: deque[StepFeatures] = deque(maxlen=_WINDOW)
         self.predictors = [
             StagePredictor(len(layout.layers(stage)), has_head=stage == last)
             for stage in range(last + 1)
@@ -61,7 +67,9 @@ class StepTimings:
         """A micro-batch was chosen just now."""
         if len(self._pending) >= _MOST_PENDING:  # no stage reports times
             self._pending.pop(next(iter(self._pending)))
-        self._pending[batch.number] = (StepFeatures.of(batch, slots), len(self.predictors))
+        features = StepFeatures.of(batch, slots)
+        self._pending[batch.number] = (features, len(self.predictors))
+        self.window.append(features)
 
     def returned(self, batch: MicroBatch, now: float) -> None:
         """The result of a micro-batch came."""
@@ -86,7 +94,20 @@ class StepTimings:
             features, stages = found
             if stages > 1:
                 self._pending[number] = (features, stages - 1)
-            self.predictors[stage].observe(features, seconds)
+            layers = len(self._layout_of(number).layers(stage))
+            self.predictors[stage].observe(features, seconds, layers)
+
+    def relayout(self, first: int, layout: Layout) -> None:
+        """Micro-batches from number `first` on run with another layout."""
+        self._layouts.append((first, layout))
+        if len(self._layouts) > _LAYOUTS:
+            self._layouts.popleft()
+        for stage, predictor in enumerate(self.predictors):
+            predictor.layers = len(layout.layers(stage))
+
+    def _layout_of(self, number: int) -> Layout:
+        """The layout of a micro-batch; reports come late, but not by several moves."""
+        return next(layout for first, layout in reversed(self._layouts) if first <= number)
 
     # ---- between runs
 

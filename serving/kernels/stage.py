@@ -55,7 +55,7 @@ class NativeStage:
         self._eps, self._scale = eps, scale
         self._hidden = layers[0].qkv.in_features
         self._intermediate = layers[0].down.in_features
-        self._fields = (LayerFields * len(layers))(*(_fields(layer) for layer in layers))
+        self._fields = [_fields(layer) for layer in layers]
         self._workspace = torch.empty(0, dtype=torch.bfloat16)
 
     def __call__(
@@ -71,15 +71,18 @@ class NativeStage:
         page_tables: Tensor,
         page_size: int,
         wanted: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """hidden: [T, H] -> [T, H], a new tensor; kv: one tensor a layer, written in place.
+        """hidden: [T, H] -> [T, H], a new tensor; kv: one tensor a layer, written in place, of the
+        layers that run, which are consecutive and begin with number `first`.
 
         wanted: [R] int64, the rows to return; behind its attention the last layer then computes
         only these, and the result is [R, H]. positions, slot_mapping: [T] int64; query_starts
         [S + 1], context_lens [S] and page_tables [S, max_pages]: int32; cos_sin: [P, D] float32.
         """
-        if len(kv) != len(self._kept):
-            raise ValueError(f"{len(self._kept)} layers need as many KV tensors, not {len(kv)}")
+        fields = self._fields[first : first + len(kv)]
+        if not kv or len(fields) != len(kv):
+            raise ValueError(f"{len(kv)} KV tensors from layer {first} on fit no layers")
         for pages in kv:
             if pages.dtype is not torch.bfloat16 or not pages.is_contiguous():
                 raise ValueError("the native stage needs contiguous bfloat16 KV tensors")
@@ -118,7 +121,7 @@ class NativeStage:
             window=0,
         )
         call = StageFields(
-            layers=self._fields,
+            layers=(LayerFields * len(fields))(*fields),
             kv=(ctypes.c_void_p * len(kv))(*(pages.data_ptr() for pages in kv)),
             num_layers=len(kv),
             hidden=self._hidden,

@@ -32,7 +32,7 @@ _LAYERS: dict[Family, Callable[[ModelConfig, int, Place], DecoderLayer]] = {
 
 def build_stage(
     config: ModelConfig,
-    layers: range,
+    resident: range,
     *,
     first: bool,
     last: bool,
@@ -44,7 +44,7 @@ def build_stage(
     max_positions: int | None = None,
     group: TensorGroup | None = None,
 ) -> StageModel:
-    """Build layers `layers` of a model and load their weights, and theirs only.
+    """Build layers `resident` of a model and load their weights, and theirs only.
 
     With a `group` of more ranks than one, what this rank holds of them; `config` is the model's.
     `max_positions` bounds the positions that will occur (default: the model's context length);
@@ -55,8 +55,8 @@ def build_stage(
     place = Place(dtype, device, choose_attention(device, dtype), group)
     model = StageModel(
         config,
-        layers,
-        [_LAYERS[config.family](config, layer, place) for layer in layers],
+        resident,
+        [_LAYERS[config.family](config, layer, place) for layer in resident],
         place,
         first=first,
         last=last,

@@ -19,16 +19,17 @@ _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 class StageModel:
-    """Layers `layers` of a model; the first stage also embeds, the last one has norm and head.
+    """Layers of a model; the first stage also embeds, the last one has norm and head.
 
-    With tied embeddings a stage that is both first and last holds the matrix once, and the first
-    and last stage of several hold a copy each.
+    `resident` layers are held, of which `layers` are computed: all of them at first. With tied
+    embeddings a stage that is both first and last holds the matrix once, and the first and last
+    stage of several hold a copy each.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        layers: range,
+        resident: range,
         decoder_layers: Sequence[DecoderLayer],
         place: Place,
         *,
@@ -36,10 +37,11 @@ class StageModel:
         last: bool,
         max_positions: int,
     ) -> None:
-        self.config, self.layers, self.first, self.last = config, layers, first, last
+        self.config, self.first, self.last = config, first, last
+        self.resident = self.layers = resident
         self.dtype, self.device = place.dtype, place.device
         self.attention_name = place.attention.name
-        self._layers = list(decoder_layers)
+        self._resident = list(decoder_layers)
         self._head: Head | None = None
         self._norm: RMSNorm | None = None
         self._embedding: Embedding | None = None
@@ -61,7 +63,7 @@ class StageModel:
         tail: list[Loadable] = []
         if self._norm is not None and self._head is not None:
             tail = [self._norm, self._head.linear]
-        return [*ends, *(leaf for layer in self._layers for leaf in layer.leaves), *tail]
+        return [*ends, *(leaf for layer in self._resident for leaf in layer.leaves), *tail]
 
     def fuse(self) -> None:
         """Call once all weights are loaded: from then on the layers run as one native call, where
@@ -70,13 +72,19 @@ class StageModel:
             return
         config = self.config
         self._whole = kernels.native_stage(
-            [layer.fused_weights() for layer in self._layers],
+            [layer.fused_weights() for layer in self._resident],
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
             scale=config.head_dim**-0.5,
         )
+
+    def compute(self, layers: range) -> None:
+        """The layers that `forward` runs from now on: at least one of the resident ones."""
+        if not (self.resident.start <= layers.start < layers.stop <= self.resident.stop):
+            raise ValueError(f"layers {layers} are not among the resident {self.resident}")
+        self.layers = layers
 
     @property
     def fused(self) -> bool:
@@ -104,11 +112,13 @@ class StageModel:
             raise ValueError("a stage after the first needs the hidden rows of the one before")
         else:
             residual = hidden
+        first = self.layers.start - self.resident.start
         if self._whole is not None:
             return self._whole(
                 residual,
                 kv,
                 self._cos_sin,
+                first=first,
                 positions=inputs.positions,
                 slot_mapping=inputs.slot_mapping,
                 query_starts=inputs.query_starts,
@@ -118,7 +128,8 @@ class StageModel:
                 wanted=wanted,
             )
         delta: Tensor | None = None
-        for layer, pages in zip(self._layers, kv, strict=True):
+        own = self._resident[first : first + len(self.layers)]
+        for layer, pages in zip(own, kv, strict=True):
             delta, residual = layer(delta, residual, inputs, pages, self._cos_sin)
         out = residual if delta is None else residual + delta
         return out if wanted is None else out[wanted]

@@ -310,6 +310,7 @@ def _scaled(base: _LoadSet, text: str, factor: float) -> _LoadSet:
 def _run(
     settings: _Settings, load: _LoadSet, order: str, policy: str, budget: int, seed: int
 ) -> dict[str, Any]:
+    from serving.cli import parse_layout
     from serving.config.service import parse_tpot, parse_ttft
     from serving.simulation.pipeline import Pipeline, simulated_config
     from serving.simulation.profile import Profile
@@ -325,7 +326,7 @@ def _run(
         schedule_policy=policy,
         max_num_batched_tokens=budget,
         enable_prefix_caching=load.caching,
-        layer_layout=_counts(settings.layout),
+        layer_layout=parse_layout(settings.layout),
         **settings.engine,
     )
     if settings.rebalance not in ("off", "auto"):
@@ -377,17 +378,6 @@ def _run(
         "dropped": load.dropped,
         "times_real_time": round(outcome.wall / max(took, 1e-9)),
     }
-
-
-def _counts(layout: str) -> list[int] | None:
-    if not layout:
-        return None
-    try:
-        return [int(part) for part in layout.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"--layer-layout must be numbers such as 10,9,9,8, not {layout!r}.", "--layer-layout"
-        ) from None
 
 
 def _print(row: dict[str, Any], *, as_json: bool, first: bool) -> None:

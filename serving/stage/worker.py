@@ -16,10 +16,12 @@ from serving.config.engine import GIB
 from serving.config.model import ModelConfig
 from serving.config.shares import rank_config
 from serving.core import StepPlan
-from serving.errors import EngineDeadError
+from serving.errors import ConfigError, EngineDeadError
 from serving.messages import (
     AllocateKv,
     FromStage,
+    LayersCopied,
+    MoveLayers,
     Shutdown,
     StageLoaded,
     StageProgress,
@@ -34,7 +36,9 @@ from serving.stage.devices import choose_device, workers_on
 from serving.stage.inputs import InputBuilder
 from serving.stage.links import DriverLinks
 from serving.stage.mirror import Mirror, Rows
+from serving.stage.moves import LayerMoves
 from serving.transport.base import StreamTransport, Transport
+from serving.transport.layers import GlooLayerLinks, LayerLinks
 from serving.weights import LoadProgress
 
 if TYPE_CHECKING:
@@ -70,10 +74,21 @@ class StageWorker:
         self._group = self._meet_ranks(spec)
         name = self._model_config.dtype if spec.config.dtype == "auto" else spec.config.dtype
         self._dtype: torch.dtype = getattr(torch, name)
-        self._layers = spec.layout.layers(spec.stage)
+        self._layout = spec.layout
+        movable = spec.config.movable
+        if movable and self._device.type == "cuda":
+            raise ConfigError(
+                "--layer-rebalance moves layers only between stages on the CPU so far; use "
+                "--layer-layout on GPUs.",
+                "--layer-rebalance",
+            )
+        #: The part of all KV memory that one layer may take.
+        self._resident_layers = sum(
+            len(spec.home.resident(stage, movable)) for stage in range(self._last + 1)
+        )
         self._model = build_stage(
             whole,
-            self._layers,
+            spec.home.resident(self._stage, movable),
             first=self._stage == 0,
             last=self._stage == self._last,
             dtype=self._dtype,
@@ -83,6 +98,12 @@ class StageWorker:
             progress=self._report_loading if self._rank == 0 else None,
             group=self._group,
         )
+        self._model.compute(spec.layout.layers(self._stage))
+        self._layer_links: GlooLayerLinks | None = None
+        if movable:
+            rendezvous = f"{spec.directory}/layers-{self._rank}"
+            self._layer_links = GlooLayerLinks(self._stage, self._last + 1, rendezvous)
+        self._moves: LayerMoves | None = None
         self._transport: Transport | None = None
         self._gpu: GpuStage | None = None
         if self._device.type == "cuda":
@@ -120,6 +141,8 @@ class StageWorker:
                 if self._gpu is None:
                     self._steps.append((message.number, self._clock.seconds().busy - before))
                 unreported = self._rank == 0
+            elif isinstance(message, MoveLayers) and self._moves is not None:
+                self._moves.begin(message)
             elif message is not None:
                 if isinstance(message, Shutdown):
                     return
@@ -149,19 +172,32 @@ class StageWorker:
             self._gpu.step(rows, plan)
             return
         inputs = self._inputs.build(rows)
+        if self._moves is not None:
+            with self._clock.waiting("wait_link"):
+                if self._moves.before(plan.epoch, rows):
+                    self._model.compute(self._moves.layout.layers(self._stage))
         hidden = self._receive(rows, inputs)
         if self._stage == self._last:
             wanted = None
             if len(rows.sampled_tokens) < len(rows.positions):
                 wanted = torch.from_numpy(rows.sampled_tokens).to(self._device)
-            self._finish(rows, self._model.forward(inputs, hidden, self._kv, wanted))
+            self._finish(rows, self._forward(rows, inputs, hidden, wanted))
             return
-        out = self._model.forward(inputs, hidden, self._kv)
+        out = self._forward(rows, inputs, hidden)
         if self._transport is None:
             raise AssertionError("a stage before the last has a transport")
         before = self._transport.seconds_waited
         self._transport.send_hidden(out)
         self._clock.add("wait_link", self._transport.seconds_waited - before)
+
+    def _forward(
+        self, rows: Rows, inputs: StepInputs, hidden: Tensor | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        kv = [self._kv[layer] for layer in self._model.layers]
+        out = self._model.forward(inputs, hidden, kv, wanted)
+        if self._moves is not None:
+            self._moves.after(rows)
+        return out
 
     def _receive(self, rows: Rows, inputs: StepInputs) -> Tensor | None:
         """Activations of the stage before; on the first stage the sampled tokens instead."""
@@ -302,7 +338,7 @@ class StageWorker:
     def _max_pages(self) -> int:
         """Pages that this rank's part of the KV memory holds, at least 1."""
         shape = self._model_config.kv_shape(1, self._config.page_size)
-        page = int(np.prod(shape)) * self._dtype.itemsize * len(self._layers)
+        page = int(np.prod(shape)) * self._dtype.itemsize  # of one layer
         asked = self._config.kv_memory
         if self._gpu is not None:
             plan = self._gpu.plan_memory()
@@ -311,9 +347,9 @@ class StageWorker:
                     self._links.send(
                         StageProgress(self._stage, f"stage {self._stage}: {plan.sentence()}")
                     )
-                return max(1, plan.kv // page)
+                return max(1, plan.kv // (page * len(self._model.layers)))
         asked = (GIB if asked is None else asked) // self._ranks
-        return max(1, asked * len(self._layers) // self._model_config.num_layers // page)
+        return max(1, asked // (page * self._resident_layers))
 
     def _allocate(self, allocation: AllocateKv) -> None:
         config = self._config
@@ -324,9 +360,12 @@ class StageWorker:
             self._sampler = self._gpu.sampler
             return
         # Zeros, so that memory is really there from the start and masked slots hold no NaN.
-        self._kv = [
-            torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in self._layers
-        ]
+        self._kv = {
+            layer: torch.zeros(shape, dtype=self._dtype, device=self._device)
+            for layer in self._model.resident
+        }
+        if self._layer_links is not None:
+            self._moves = self._make_moves(self._layer_links)
         self._mirror = self._new_mirror(allocation)
         self._inputs = InputBuilder(config.max_num_seqs, config.page_size, self._device)
         if self._stage == self._last:
@@ -336,6 +375,19 @@ class StageWorker:
                 self._device,
                 self._model_config.eos_token_ids,
             )
+
+    def _make_moves(self, links: LayerLinks) -> LayerMoves:
+        sender = self._links.another()
+        stage, rank = self._stage, self._rank
+        return LayerMoves(
+            stage,
+            self._layout,
+            links,
+            self._kv,
+            tell=lambda epoch, settled: sender.send(LayersCopied(stage, rank, epoch, settled)),
+            # From either thread of the moves, so with a socket of its own.
+            failed=lambda what: self._links.another().fail(stage, what, rank),
+        )
 
     def _new_mirror(self, allocation: AllocateKv) -> Mirror:
         return Mirror(

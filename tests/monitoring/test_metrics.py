@@ -75,6 +75,20 @@ def test_sizes_of_micro_batches_and_errors_of_predictions() -> None:
     assert sample(text, "lectern_engine_step_prediction_error_ratio", stage="1") == 0.04
 
 
+def test_moves_of_layers() -> None:
+    engine = EngineMetrics(CollectorRegistry(), "m")
+    engine.set_stage_layers([9, 7])
+    engine.count_layer_move(1, 0.06)
+    engine.count_layer_move(None, 0.3)
+    engine.set_stage_layers([10, 6])
+    text = engine.render()[0].decode()
+    assert sample(text, "lectern_engine_stage_layers", stage="1") == 6
+    assert sample(text, "lectern_engine_layer_moves_total", slowest_stage="1") == 1
+    assert sample(text, "lectern_engine_layer_moves_total", slowest_stage="asked") == 1
+    assert sample(text, "lectern_engine_layer_move_seconds_bucket", le="0.1") == 1
+    assert sample(text, "lectern_engine_layer_move_seconds_count") == 2
+
+
 def test_driver_totals_grow_and_survive_a_restart_of_the_driver() -> None:
     engine = EngineMetrics(CollectorRegistry(), "m")
     driver_totals(engine, preemptions=2, busy=1.5)

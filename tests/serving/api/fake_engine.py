@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from serving.config.service import Service
 from serving.core import SamplingParams, TokenLogprobs, TokenOutput
 from serving.errors import EngineDeadError, OverloadedError
-from serving.messages import EngineStats, StageSeconds
+from serving.messages import EngineStats, LayersMoved, StageSeconds
 
 
 @dataclass
@@ -48,6 +48,7 @@ class FakeEngine:
     lives: int = 0
     restart_errors: list[Exception] = field(default_factory=list)
     on_stats: Callable[[EngineStats], None] | None = None
+    on_move: Callable[[LayersMoved], None] | None = None
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()

@@ -1,0 +1,227 @@
+"""Layers that come to a stage or leave it while it works: their KV is copied in the background.
+
+A move begins between two plans, and the first plan of the new epoch ends it. In between the old
+owner of a layer goes on computing it, and sends what its KV holds to the new one: first all pages
+in use, then what each micro-batch has written, in order. Both know what that is from the plans, so
+nothing but KV is sent. What is sent may be newer than the micro-batch it is sent for; then it is
+sent again for the one that wrote it.
+
+From the switch on the new owner computes. It may come to the switch before the old owner has
+finished the micro-batches planned before it (a stage nearer to the first one always does), so it
+waits for what it is going to read or to overwrite, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serving.core import Layout
+from serving.errors import EngineDeadError
+from serving.messages import MoveLayers
+from serving.stage.mirror import Rows
+from serving.transport.layers import LayerLinks
+
+_CHUNK = 4 << 20  # bytes of KV in one message
+
+
+@dataclass(frozen=True)
+class Route:
+    """KV of a layer goes to, or comes from, another stage."""
+
+    layer: int
+    peer: int
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """Whole pages: [n] int64."""
+
+    epoch: int
+    pages: Tensor
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a micro-batch wrote: token `offsets[i]` of page `pages[i]`, [T] int64 each."""
+
+    number: int
+    pages: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class _Switched:
+    """The old owner has not written anything after what came before."""
+
+    epoch: int
+
+
+_What = _Pages | _Written | _Switched
+#: Index of pages, or of tokens in pages, in a layer's KV.
+_Where = tuple[Tensor] | tuple[Tensor, slice, Tensor]
+
+
+class _Lane:
+    """Copies in one direction, on a thread, in the order in which they were asked for, and of each
+    the routes by layer. As that order is the same on all stages, none wait for each other in a
+    circle.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kv: Mapping[int, Tensor],
+        copy: Callable[[Route, Tensor, _Where], None],
+        done: Callable[[_What], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        self._kv, self._copy, self._done, self._failed = kv, copy, done, failed
+        self._tasks: SimpleQueue[tuple[list[Route], _What]] = SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def put(self, routes: list[Route], what: _What) -> None:
+        self._tasks.put((routes, what))
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while True:
+                    routes, what = self._tasks.get()
+                    self._do(routes, what)
+                    self._done(what)
+        except Exception as error:
+            self._failed(str(error))
+
+    def _do(self, routes: list[Route], what: _What) -> None:
+        for route in routes:
+            kv = self._kv[route.layer]
+            if isinstance(what, _Pages):
+                for pages in torch.split(
+                    what.pages, max(1, _CHUNK // (kv[0].numel() * kv.itemsize))
+                ):
+                    self._copy(route, kv, (pages,))
+            elif isinstance(what, _Written):
+                self._copy(route, kv, (what.pages, slice(None), what.offsets))
+
+
+class LayerMoves:
+    """One rank's part in moves. `kv` has a tensor [pages, 2, page_size, kv_heads, head_dim] for
+    each layer that this stage may own. `tell` is called with epoch and `settled` of
+    `LayersCopied`, `failed` with the reason, both from other threads.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        layout: Layout,
+        links: LayerLinks,
+        kv: Mapping[int, Tensor],
+        *,
+        tell: Callable[[int, bool], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        self.layout = layout
+        self._stage, self._links = stage, links
+        pages, _, self._page_size = next(iter(kv.values())).shape[:3]
+        self._tell, self._say_failed = tell, failed
+        self._coming: Layout | None = None
+        self._outgoing: list[Route] = []
+        self._incoming: list[Route] = []
+        #: By page, the last micro-batch of the old owner that wrote it, or -1.
+        self._written: NDArray[np.int64] = np.full(pages, -1, dtype=np.int64)
+        self._last_written = -1
+        self._news = threading.Condition()
+        self._arrived = -1
+        self._broken = ""
+        self._out = _Lane("layers out", kv, self._send, lambda what: None, self._fail)
+        self._in = _Lane("layers in", kv, self._receive, self._has_come, self._fail)
+
+    # ---- on the stage's own thread
+
+    def begin(self, move: MoveLayers) -> None:
+        """Start copying. All micro-batches planned so far have been computed here."""
+        if self._coming is not None:
+            raise EngineDeadError("A move of layers began before the last one had ended.")
+        old, new = self.layout, move.layout
+        self._coming = new
+        mine, next_mine = old.layers(self._stage), new.layers(self._stage)
+        self._outgoing = [Route(one, new.owner(one)) for one in mine if one not in next_mine]
+        self._incoming = [Route(one, old.owner(one)) for one in next_mine if one not in mine]
+        held = np.frombuffer(move.pages, dtype="<u4").astype(np.int64)
+        pages = _Pages(new.epoch, torch.from_numpy(held))
+        if self._outgoing:
+            self._out.put(self._outgoing, pages)
+        if self._incoming:
+            self._written.fill(-1)
+            self._in.put(self._incoming, pages)
+
+    def before(self, epoch: int, rows: Rows) -> bool:
+        """Call before a micro-batch is computed; whether `layout` is another one from here on.
+
+        Waits for KV that the micro-batch needs and that is still on its way.
+        """
+        switches = epoch != self.layout.epoch
+        if switches:
+            if self._coming is None or self._coming.epoch != epoch:
+                raise EngineDeadError(f"A plan is of layout {epoch}, which nobody announced.")
+            self.layout, self._coming = self._coming, None
+            if self._incoming:
+                self._in.put([], _Switched(epoch))
+        elif self._coming is not None and self._incoming:
+            self._in.put(self._incoming, self._writes(rows))
+            self._last_written = rows.number
+            self._written[rows.slot_mapping // self._page_size] = rows.number
+        if self._coming is None and self._arrived < self._last_written:
+            self._wait_for(int(self._written[rows.page_tables].max()))
+        return switches
+
+    def after(self, rows: Rows) -> None:
+        """Call when a micro-batch has been computed."""
+        if self._coming is not None and self._outgoing:
+            self._out.put(self._outgoing, self._writes(rows))
+
+    def _writes(self, rows: Rows) -> _Written:
+        pages, offsets = np.divmod(rows.slot_mapping, self._page_size)
+        return _Written(rows.number, torch.from_numpy(pages), torch.from_numpy(offsets))
+
+    def _wait_for(self, number: int) -> None:
+        with self._news:
+            self._news.wait_for(lambda: self._broken or self._arrived >= number)
+        if self._broken:
+            raise EngineDeadError(self._broken)
+
+    # ---- on the lanes' threads
+
+    def _send(self, route: Route, kv: Tensor, where: _Where) -> None:
+        self._links.send(kv[where].contiguous(), route.peer)
+
+    def _receive(self, route: Route, kv: Tensor, where: _Where) -> None:
+        _, both, _, *row = kv.shape
+        shape = kv.shape[1:] if len(where) == 1 else (both, *row)
+        rows = kv.new_empty((len(where[0]), *shape))
+        self._links.receive(rows, route.peer)
+        kv[where] = rows
+
+    def _has_come(self, what: _What) -> None:
+        if isinstance(what, _Written):
+            with self._news:
+                self._arrived = what.number
+                self._news.notify_all()
+        elif isinstance(what, _Switched):
+            self._tell(what.epoch, True)
+        else:
+            self._tell(what.epoch, False)
+
+    def _fail(self, reason: str) -> None:
+        with self._news:
+            self._broken = reason
+            self._news.notify_all()
+        self._say_failed(reason)

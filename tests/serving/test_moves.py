@@ -1,0 +1,144 @@
+"""Layers that move between stages of real processes while requests run: nothing changes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from serving.config.engine import EngineConfig
+from serving.core import SamplingParams
+from serving.engine import Engine
+from serving.errors import ConfigError
+from serving.messages import LayersMoved
+from tests.serving.tiny import make_checkpoint
+
+Start = Callable[..., Awaitable[Engine]]
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moves") / "qwen3"
+    return make_checkpoint(folder, "qwen3", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture
+async def start(checkpoint: Path) -> AsyncIterator[Start]:
+    engines: list[Engine] = []
+
+    async def make(**settings: object) -> Engine:
+        defaults: dict[str, object] = {
+            "model": checkpoint,
+            "pipeline_parallel_size": 2,
+            "dtype": "float32",
+            "num_kv_pages": 256,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 64,
+            "threads": 1,
+            "layer_rebalance": "asked",
+            "movable_layers": LAYERS,
+        }
+        engine = await Engine.start(EngineConfig(**(defaults | settings)))  # type: ignore[arg-type]
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        await engine.close()
+
+
+Prompts = list[tuple[list[int], SamplingParams]]
+
+
+def mixed_load(seed: int, count: int) -> Prompts:
+    """Prompts that share beginnings, greedy and drawn answers of different lengths."""
+    source = random.Random(seed)
+    starts = [[source.randrange(250) for _ in range(80)] for _ in range(3)]
+    load = []
+    for _ in range(count):
+        start = source.choice(starts)[: source.randrange(80)]
+        prompt = start + [source.randrange(250) for _ in range(source.randrange(1, 60))]
+        params = SamplingParams(
+            max_tokens=source.randrange(1, 80),
+            temperature=source.choice([0.0, 0.0, 1.0]),
+            seed=source.randrange(1000),
+            ignore_eos=True,
+        )
+        load.append((prompt, params))
+    return load
+
+
+async def answers(engine: Engine, load: Prompts, *, gap: float) -> list[list[int]]:
+    async def one(number: int, prompt: list[int], params: SamplingParams) -> list[int]:
+        await asyncio.sleep(number * gap)
+        found: list[int] = []
+        async for output in engine.generate(prompt, params):
+            found += output.token_ids
+        return found
+
+    return list(await asyncio.gather(*(one(i, *asked) for i, asked in enumerate(load))))
+
+
+def random_counts(source: random.Random, stages: int) -> list[int]:
+    cuts = sorted(source.sample(range(1, LAYERS), stages - 1))
+    return [end - start for start, end in zip([0, *cuts], [*cuts, LAYERS], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "settings"),
+    [
+        (2, {}),
+        (3, {"num_kv_pages": 24, "schedule_policy": "classic"}),  # too few pages: preempted
+        (4, {"cache_eviction": "fifo"}),
+    ],
+    ids=["two", "three with preemption", "four"],
+)
+async def test_moves_at_any_moment_change_no_token(
+    start: Start, stages: int, settings: dict[str, object]
+) -> None:
+    load = mixed_load(stages, 24)
+    still = await start(pipeline_parallel_size=stages, layer_rebalance="off", **settings)
+    expected = await answers(still, load, gap=0.0)
+    await still.close()
+
+    engine = await start(pipeline_parallel_size=stages, **settings)
+    source = random.Random(stages)
+    moves: list[LayersMoved] = []
+    engine.on_move = moves.append
+    done = asyncio.Event()
+
+    async def keep_moving() -> None:
+        while not done.is_set():
+            engine.move_layers(random_counts(source, stages))
+            await asyncio.sleep(source.random() * 0.1)
+
+    moving = asyncio.create_task(keep_moving())
+    found = await answers(engine, load, gap=0.05)
+    done.set()
+    await moving
+    assert found == expected
+    assert len(moves) > 10
+    for before, after in pairwise(moves):
+        assert after.before == before.counts
+    assert engine.stats.layers == moves[-1].counts
+    if stages == 3:
+        assert engine.stats.preemptions > 0
+    # Prefixes that were computed before moves are found after them.
+    assert engine.stats.cached_prompt_tokens > 0
+    assert await answers(engine, load[:5], gap=0.0) == expected[:5]
+
+
+async def test_what_stages_do_not_hold_is_refused(start: Start) -> None:
+    engine = await start(movable_layers=1)
+    for counts in ([2, 6], [8, 0], [4, 3], [4, 2, 2]):
+        with pytest.raises(ConfigError, match="may move by 1 layers"):
+            engine.move_layers(counts)
+    engine.move_layers([5, 3])
+    fixed = await start(layer_rebalance="off")
+    with pytest.raises(ConfigError, match="--layer-rebalance off"):
+        fixed.move_layers([5, 3])
