@@ -24,6 +24,8 @@ from serving.messages import (
     DriverSpec,
     Ended,
     FromStage,
+    LayersCopied,
+    MoveLayers,
     Ready,
     Shutdown,
     StageFailed,
@@ -113,6 +115,8 @@ class StageThread:
         spec = self.spec
         stage, rank = spec.stage, spec.rank
         message: ToStage | None = None
+        layout = coming = spec.layout
+        gains: set[int] = set()
         last = stage == spec.layout.num_stages - 1
         while True:
             verdict = type(self).behave(spec, message)
@@ -135,7 +139,16 @@ class StageThread:
                 send(StageStarted(stage, rank))
             elif isinstance(message, Shutdown):
                 return 0
+            elif isinstance(message, MoveLayers):
+                coming = message.layout
+                if gains := set(coming.layers(stage)) - set(layout.layers(stage)):
+                    send(LayersCopied(stage, rank, coming.epoch, False))
             else:
+                if message.epoch != layout.epoch:
+                    assert message.epoch == coming.epoch
+                    layout = coming
+                    if gains:
+                        send(LayersCopied(stage, rank, layout.epoch, True))
                 if last and rank == 0:
                     send(model.run(message))
                 if rank == 0:
