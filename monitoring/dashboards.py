@@ -147,10 +147,16 @@ ENGINE = (
         stacked=True,
     ),
     Panel(
-        "Finished requests",
-        "Sequences that ended, a second, by reason.",
+        "Finished and refused requests",
+        "Sequences that ended, a second, by reason; requests refused because too many waited.",
         "reqps",
-        [(_rate("lectern_engine_requests_finished_total", "finish_reason"), "{{finish_reason}}")],
+        [
+            (
+                _rate("lectern_engine_requests_finished_total", "finish_reason"),
+                "{{finish_reason}}",
+            ),
+            (_rate("lectern_engine_requests_refused_total"), "refused {{model_name}}"),
+        ],
     ),
     Panel(
         "What each stage is doing",
@@ -178,6 +184,43 @@ ENGINE = (
         "Sequences put back to be computed again, a second.",
         "short",
         [(_rate("lectern_engine_preemptions_total"), "{{model_name}}")],
+        width=6,
+    ),
+    Panel(
+        "Layers of each stage",
+        "Layers that a stage computes; they move when another division is predicted to be faster.",
+        "short",
+        [
+            (
+                f"max by (model_name, stage) (lectern_engine_stage_layers{{{_MODEL}}})",
+                "stage {{stage}}",
+            )
+        ],
+        stacked=True,
+    ),
+    Panel(
+        "Moves of layers",
+        "Moves in the last hour, by the stage that was predicted slowest.",
+        "short",
+        [
+            (
+                "sum by (slowest_stage) "
+                f"(increase(lectern_engine_layer_moves_total{{{_MODEL}}}[1h]))",
+                "stage {{slowest_stage}}",
+            )
+        ],
+        width=6,
+    ),
+    Panel(
+        "Predictions",
+        "Mean relative error of late predictions of each stage's step time.",
+        "percentunit",
+        [
+            (
+                f"max by (stage) (lectern_engine_step_prediction_error_ratio{{{_MODEL}}})",
+                "stage {{stage}}",
+            )
+        ],
         width=6,
     ),
 )

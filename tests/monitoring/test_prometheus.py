@@ -152,6 +152,9 @@ def use(engine: EngineMetrics, backend: BackendMetrics, t: float) -> None:
     engine.observe_first_token(0.1)
     engine.observe_queue(0.01)
     engine.observe_finish("stop", 1.0, 0.02)
+    engine.set_stage_layers([4, 4])
+    engine.count_layer_move(1, 0.02)
+    engine.set_prediction_error(0, 0.05)
     engine.set_driver_totals(
         running=1,
         waiting=1,
