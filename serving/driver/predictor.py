@@ -89,6 +89,10 @@ def head_vector(step: StepFeatures) -> Vector:
 class StagePredictor:
     """Of one stage. `layers` it owns; `has_head` on the last.
 
+    Where every step draws as many tokens as it has rows, nothing tells the time of the head from
+    that of the layers. So the stage with the head takes its layers to be like those of another
+    stage with the same kind of device, `like`, as far as its own steps do not say otherwise.
+
     `error` is the mean relative error of late predictions, each made before its step was learnt
     from, or None before there were any.
     """
@@ -105,6 +109,7 @@ class StagePredictor:
     def __init__(self, layers: int, *, has_head: bool) -> None:
         self.layers = layers
         self.has_head = has_head
+        self.like: StagePredictor | None = None
         size = NUM_LAYER + NUM_HEAD
         self.seen = 0
         self.error: float | None = None
@@ -189,7 +194,10 @@ class StagePredictor:
         size = np.diagonal(self._information)
         pull = self.persistence * (size + 1e-6 * size.max())
         matrix = self._information + np.diag(pull)
-        target = self._target + pull * self._coefficients
+        before = self._coefficients.copy()
+        if self.like is not None and self.like.known:
+            before[:NUM_LAYER] = self.like.coefficients[:NUM_LAYER]
+        target = self._target + pull * before
         self._coefficients = non_negative_solution(matrix, target)
         self._unsolved = 0
         self._known = True

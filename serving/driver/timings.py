@@ -114,6 +114,8 @@ class StepTimings:
     def load(self, model: str, devices: list[str], dtype: str) -> bool:
         """Start from what was learnt in earlier runs; whether there was anything, for any stage."""
         any_found = False
+        *others, last = zip(self.predictors, devices, strict=True)
+        last[0].like = next((one for one, device in others if device == last[1]), None)
         for predictor, device in zip(self.predictors, devices, strict=True):
             kept = _read(_path(model, device, dtype))
             if kept is not None:

@@ -38,6 +38,8 @@ class Rebalancing:
             StagePredictor(len(layout.layers(stage)), has_head=stage == last)
             for stage in range(last + 1)
         ]
+        if last:
+            self.predictors[last].like = self.predictors[0]
 
     def on_step(self, step: Step) -> None:
         self._seen.append(step.features)

@@ -56,6 +56,22 @@ def taught(count: int, seed: int = 0, noise: float = 0.0, *, head: bool = True) 
     return predictor
 
 
+@pytest.mark.parametrize("head", [0.0, 0.8, 3.2])
+def test_the_head_is_told_from_the_layers_where_all_steps_are_decodes(head: float) -> None:
+    """All rows are drawn from, so only another stage's layers say what a layer costs."""
+    source = random.Random(5)
+    inner, last = StagePredictor(9, has_head=False), StagePredictor(9, has_head=True)
+    last.like = inner
+    for _ in range(1500):
+        rows = source.randrange(50, 60)
+        step = StepFeatures(0, 0.0, rows, rows * source.randrange(200, 400), rows)
+        layer = 1e-4 + 1e-10 * step.decode_context
+        inner.observe(step, 9 * layer * source.uniform(0.98, 1.02))
+        last.observe(step, (9 * layer + head * 1e-4) * source.uniform(0.98, 1.02))
+    assert last.layer_seconds(step) == pytest.approx(layer, rel=0.05)
+    assert last.head_seconds(step) == pytest.approx(head * 1e-4, rel=0.1, abs=0.5e-4)
+
+
 def mean_error(predictor: StagePredictor, slow: float = 1.0, *, head: bool = True) -> float:
     source = random.Random(99)
     errors = []
