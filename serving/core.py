@@ -292,5 +292,10 @@ class Layout(msgspec.Struct, frozen=True):
     def num_stages(self) -> int:
         return len(self.bounds) - 1
 
+    @property
+    def counts(self) -> list[int]:
+        """Layers of each stage."""
+        return [len(self.layers(stage)) for stage in range(self.num_stages)]
+
     def layers(self, stage: int) -> range:
         return range(self.bounds[stage], self.bounds[stage + 1])

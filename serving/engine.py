@@ -36,7 +36,9 @@ from serving.messages import (
     Progress,
     Ready,
     Refused,
+    StageSteps,
     StepOutputs,
+    StepPlanned,
     Stop,
     Submit,
     ToClient,
@@ -107,6 +109,8 @@ class Engine:
         self.num_pages = 0
         #: Called with every new picture of the engine.
         self.on_stats: Callable[[EngineStats], None] | None = None
+        #: Called with what `EngineConfig.record_steps` makes the driver tell.
+        self.on_steps: Callable[[StepPlanned | StageSteps], None] | None = None
         self._layout = _layout(config, self.model_config)
         rank_config(self.model_config, config.tensor_parallel_size)
         self._on_progress: Callable[[str], None] | None = None
@@ -131,6 +135,11 @@ class Engine:
         engine._on_progress = on_progress
         await engine._start_group()
         return engine
+
+    @property
+    def layout(self) -> Layout:
+        """Which stage owns which layers."""
+        return self._layout
 
     # ---- requests
 
@@ -335,6 +344,9 @@ class Engine:
                 self.stats = message
                 if self.on_stats is not None:
                     self.on_stats(message)
+            elif isinstance(message, StepPlanned | StageSteps):
+                if self.on_steps is not None:
+                    self.on_steps(message)
             elif isinstance(message, Progress):
                 if self._on_progress is not None:
                     self._on_progress(message.text)

@@ -134,7 +134,40 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     prediction_errors: list[float | None] = []
 
 
-ToClient = Progress | Ready | Failed | StepOutputs | EngineStats
+class StepTime(msgspec.Struct, frozen=True, array_like=True):
+    """One stage's work on micro-batch `number`, in seconds; times are those of time.monotonic.
+
+    `busy` is without what was spent waiting. From `began`, when the stage had all of its input, to
+    `ended` it worked on nothing else; what it prepared while the input was on its way counts as
+    busy and lies before `began`.
+    """
+
+    number: int
+    busy: float
+    began: float
+    ended: float
+
+
+class StepPlanned(msgspec.Struct, frozen=True, tag="planned"):
+    """Micro-batch `number` of a layout's `epoch` was sent to the stages; what it holds.
+
+    This and `StageSteps` are told with `EngineConfig.record_steps` alone.
+    """
+
+    number: int
+    epoch: int
+    decodes: int
+    prompt_tokens: int
+
+
+class StageSteps(msgspec.Struct, frozen=True, tag="times"):
+    """When a stage worked on late micro-batches, in their order."""
+
+    stage: int
+    steps: list[StepTime]
+
+
+ToClient = Progress | Ready | Failed | StepOutputs | EngineStats | StepPlanned | StageSteps
 
 
 # ---- driver to stage
@@ -185,13 +218,11 @@ class StageStarted(msgspec.Struct, frozen=True, tag="started"):
 
 
 class StageStats(msgspec.Struct, frozen=True, tag="stats"):
-    """`steps` are [number, busy seconds] of each micro-batch that ended since the last message:
-    without what was spent waiting for input or link.
-    """
+    """`steps` are the micro-batches that ended since the last message."""
 
     stage: int
     seconds: StageSeconds
-    steps: list[tuple[int, float]] = []
+    steps: list[StepTime] = []
 
 
 class StageFailed(msgspec.Struct, frozen=True, tag="failed"):

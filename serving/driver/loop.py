@@ -26,7 +26,9 @@ from serving.messages import (
     StageFailed,
     StageSeconds,
     StageStats,
+    StageSteps,
     StepOutputs,
+    StepPlanned,
     StepResult,
     Stop,
     Submit,
@@ -136,8 +138,11 @@ class Driver:
         self._group.send_plan(plan)
         self._timings.sent(batch, scheduler.slots)
         self._untold = True
+        held = (len(batch.decode_slots), int(batch.prefill_lens.sum()))
         if len(self._batches) < _MAX_REPORTED_BATCHES:
-            self._batches.append((len(batch.decode_slots), int(batch.prefill_lens.sum())))
+            self._batches.append(held)
+        if self._spec.config.record_steps:
+            self.tell(StepPlanned(batch.number, plan.epoch, *held))
         return True
 
     def _take_results(self, *, wait: bool) -> None:
@@ -155,6 +160,8 @@ class Driver:
             elif isinstance(message, StageStats):
                 self._stages[message.stage] = message.seconds
                 self._timings.took(message.stage, message.steps)
+                if self._spec.config.record_steps:
+                    self.tell(StageSteps(message.stage, message.steps))
                 self._untold = True
             elif isinstance(message, StageFailed):
                 raise self._group.failure(message)

@@ -20,7 +20,7 @@ from serving.config.model import ModelConfig
 from serving.core import StepPlan
 from serving.errors import ConfigError
 from serving.kernels.device import gpu_kernels
-from serving.messages import StageSeconds, StepResult
+from serving.messages import StageSeconds, StepResult, StepTime
 from serving.models import StageModel
 from serving.sampling.device import DeviceSampler
 from serving.stage.gpu.flow import Flow
@@ -403,6 +403,10 @@ class GpuStage:
 
     def seconds(self) -> StageSeconds:
         return self._results.seconds()
+
+    def take_steps(self) -> list[StepTime]:
+        """The micro-batches that ended since the last call."""
+        return self._results.take_steps()
 
     def close(self) -> None:
         """Bounded, also where the stream waits for a stage that is gone."""
