@@ -362,6 +362,6 @@ async def _bench(settings: Settings) -> None:
             row["matmul_s"] = None if product is None else round(product, 3)
             print_row(row, settings.as_json)
             if settings.picture is not None:
-                await target.draw(settings.picture, began, f"{name}: {load.text}")
+                await target.draw(settings.picture, began, f"{name}, measured: {load.text}")
     finally:
         await target.close()

@@ -134,20 +134,20 @@ def draw(
     if not batches:
         raise ConfigError("There is no micro-batch to draw a timeline of.", "--timeline")
     batches = sorted(batches, key=lambda batch: batch.number)
+    over = max(batch.work[-1][1] for batch in batches)
     begin, end = (window or Window()).of(batches)
     shown = [batch for batch in batches if batch.work[-1][1] > begin and batch.work[0][0] < end]
     if not shown:
-        over = max(batch.work[-1][1] for batch in batches)
         raise ConfigError(
             f"No micro-batch ran from {begin:g} s to {end:g} s; the run has them from "
             f"{batches[0].work[0][0]:.3g} s to {over:.3g} s.",
             "--timeline-window",
         )
+    end = min(end, over)
     part = f"{len(shown)} of {len(batches)} micro-batches"
     if len(shown) > MOST:
         shown, end = shown[:MOST], shown[MOST].work[0][0]
         part += f", cut off after {MOST}"
-    over = max(batch.work[-1][1] for batch in batches)
     subtitle = f"shown: {begin:.3f} s to {end:.3f} s of a run of {over:.3f} s; {part}"
     canvas = _Canvas(begin, end, shown)
     canvas.head(title, subtitle)
@@ -182,9 +182,9 @@ class _Canvas:
         self._stages = len(shown[0].work)
         width = _WIDTH - _LEFT - _RIGHT
         self._scale = width / (end - begin)
-        digits = len(str(shown[-1].number)) + 1
-        #: One box in so many has its number above it.
-        self._every = math.ceil(_round_step(digits * _DIGIT * len(shown) / width))
+        self._digits = len(str(shown[-1].number)) + 1
+        #: One box in so many has its number above it, the same ones on every stage.
+        self._every = math.ceil(_round_step(self._digits * _DIGIT * len(shown) / width))
         self._bottom = _TOP + self._stages * _ROW
         height = self._bottom + 58
         self._svg = ElementTree.Element(
@@ -234,6 +234,7 @@ class _Canvas:
                 layers = f"{counts[stage]} layer{'s' * (counts[stage] != 1)}"
                 self._text(_LEFT - 12, top + 31, layers, size=11, anchor="end", fill=_FAINT)
             self._rectangle(_LEFT, top, _WIDTH - _LEFT - _RIGHT, _BOX, _LANE)
+            self._free = 0.0  # where the next number may begin
             busy = sum(self._box(batch, stage) for batch in self._shown)
             share = f"{min(100.0, 100 * busy / (self._end - self._begin)):.0f} %"
             self._text(_WIDTH - _RIGHT + 10, top + 23, share, size=13, weight="bold")
@@ -259,7 +260,9 @@ class _Canvas:
             self._rectangle(x, top, width, _BOX, _DECODE, edge, box)
         if part:
             self._rectangle(x, top + _BOX - part, width, part, _PROMPT, edge, box)
-        if batch.number % self._every == 0:
+        half = self._digits * _DIGIT / 2
+        if batch.number % self._every == 0 and x + width / 2 - half >= self._free:
+            self._free = x + width / 2 + half
             self._text(x + width / 2, top - 3, str(batch.number), size=9, anchor="middle",
                        fill=_FAINT, parent=box)  # fmt: skip
         return right - left

@@ -170,7 +170,7 @@ async def _run_order(
             }
             print_row(row, settings.as_json)
             if settings.picture is not None:
-                await target.draw(settings.picture, began, f"{run.name}: {name}")
+                await target.draw(settings.picture, began, f"{run.name}, measured: {name}")
             return found
 
         if not wanted.goodput:
