@@ -31,8 +31,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """Seconds of a run: `length` of them about its middle, or from `start`, which may be without
-    end. Where a layout changed, the first change takes the middle's place.
+    """A part of a run, in seconds: `length` of them from `start`, or about the middle, or the usual
+    number of micro-batches there. Where the layout changes, the first change is the middle.
     """
 
     start: float | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serving.config.engine import EngineConfig
-from serving.core import Layout
 from serving.errors import ConfigError, LecternError
 
 if TYPE_CHECKING:
@@ -341,7 +339,7 @@ def _run(
     from serving.simulation.pipeline import Pipeline, simulated_config
     from serving.simulation.profile import Profile
     from serving.simulation.rebalance import Rebalancing
-    from serving.simulation.report import summarise
+    from serving.simulation.report import draw_timeline, summarise
     from serving.simulation.targets import slo_figures, with_targets
 
     ttft, tpot = parse_ttft(settings.slo_ttft), parse_tpot(settings.slo_tpot)
@@ -362,15 +360,12 @@ def _run(
         )
     rebalancing = Rebalancing() if settings.rebalance == "auto" else None
     steps: list[Step] = []
-    watchers: list[Callable[[Step], None]] = []
-    if rebalancing is not None:
-        watchers.append(rebalancing.on_step)
-    if picture is not None:
-        watchers.append(steps.append)
 
     def on_step(step: Step) -> None:
-        for watch in watchers:
-            watch(step)
+        if rebalancing is not None:
+            rebalancing.on_step(step)
+        if picture is not None:
+            steps.append(step)
 
     pipeline = Pipeline(
         profile,
@@ -379,7 +374,7 @@ def _run(
         max_model_len=settings.max_model_len,
         known_lengths=settings.known_lengths,
         longest_answer=settings.longest_answer,
-        on_step=on_step if watchers else None,
+        on_step=on_step,
     )
     if rebalancing is not None:
         rebalancing.attach(pipeline)
@@ -401,7 +396,8 @@ def _run(
         layouts.append(move.layout)
         _say(f"{load.name}, {at:.1f} s: {move.sentence()}")
     if picture is not None:
-        _draw(picture, steps, layouts, f"{profile.name}, simulated: {load.name}, {config.policy}")
+        title = f"{profile.name}, simulated: {load.name}, {config.policy}"
+        draw_timeline(picture, steps, layouts, title)
     return {
         "engine": "lectern, simulated",
         "profile": profile.name,
@@ -419,22 +415,6 @@ def _run(
         "dropped": load.dropped,
         "times_real_time": round(outcome.wall / max(took, 1e-9)),
     }
-
-
-def _draw(picture: Picture, steps: list[Step], layouts: list[Layout], title: str) -> None:
-    from serving.bench.timeline import Batch
-
-    batches = [
-        Batch(
-            step.number,
-            step.features.decode_rows,
-            step.features.new_tokens,
-            step.epoch,
-            list(zip(step.began, step.ended, strict=True)),
-        )
-        for step in steps
-    ]
-    picture.write(batches, {layout.epoch: layout.counts for layout in layouts}, title)
 
 
 def _counts(layout: str) -> list[int] | None:
