@@ -127,13 +127,15 @@ class StageWorker:
                 raise EngineDeadError("The driver sent a message that has no place in a step.")
             now = time.monotonic()
             if unreported and now - reported >= _STATS_SECONDS:
+                # What a GPU has not come to the end of is reported next time.
+                more = message is not None or (self._gpu is not None and self._gpu.behind)
                 if self._gpu is None:
                     seconds, steps = self._clock.seconds(), list(self._steps)
                     self._steps.clear()
                 else:
                     seconds, steps = self._gpu.seconds(), self._gpu.take_steps()
                 self._links.send(StageStats(self._stage, seconds, steps))
-                reported, unreported = now, message is not None
+                reported, unreported = now, more
 
     def close(self) -> None:
         if self._gpu is not None:

@@ -129,11 +129,18 @@ class ResultThread:
         self._started = time.perf_counter()
         self._last: tuple[StepTimes, float] | None = None
         self._steps: deque[StepTime] = deque(maxlen=4096)
+        self._put = self._noted = 0
         self._thread = threading.Thread(target=self._run, daemon=True, name="results")
         self._thread.start()
 
     def put(self, result: PendingResult) -> None:
+        self._put += 1
         self._queue.put(result)
+
+    @property
+    def behind(self) -> bool:
+        """Whether there are steps whose times are not known yet."""
+        return self._noted < self._put
 
     def seconds(self) -> StageSeconds:
         """From the device's own clock: from the moment it came to a step to the step's end."""
@@ -179,6 +186,7 @@ class ResultThread:
         total.wait_link += spent.wait_link
         began, ended = ended - times.since_input(), ended - spent.wait_link
         self._steps.append(StepTime(number, spent.busy, began, ended))
+        self._noted += 1
 
     def _run(self) -> None:
         try:

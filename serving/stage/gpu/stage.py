@@ -404,6 +404,11 @@ class GpuStage:
     def seconds(self) -> StageSeconds:
         return self._results.seconds()
 
+    @property
+    def behind(self) -> bool:
+        """Whether there are launched micro-batches whose times are not known yet."""
+        return self._results.behind
+
     def take_steps(self) -> list[StepTime]:
         """The micro-batches that ended since the last call."""
         return self._results.take_steps()

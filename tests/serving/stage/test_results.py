@@ -79,6 +79,25 @@ def test_steps_are_told_by_the_clock_of_the_host(monkeypatch: pytest.MonkeyPatch
     assert all(step.ended - step.began == pytest.approx(0.125) for step in steps)
 
 
+def test_a_step_that_runs_is_known_of() -> None:
+    reached, go = threading.Event(), threading.Event()
+
+    def send(result: PendingResult) -> None:
+        reached.set()
+        assert go.wait(20)
+
+    thread = ResultThread(send, pytest.fail)
+    assert not thread.behind
+    thread.put(_pending(0))
+    assert reached.wait(20)
+    assert thread.behind
+    assert not thread.take_steps()
+    go.set()
+    thread.close()
+    assert not thread.behind
+    assert len(thread.take_steps()) == 1
+
+
 def test_steps_that_nobody_takes_need_no_room() -> None:
     thread = ResultThread(lambda result: None, pytest.fail)
     for number in range(5000):
