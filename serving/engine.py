@@ -38,7 +38,9 @@ from serving.messages import (
     Ready,
     Rebalance,
     Refused,
+    StageSteps,
     StepOutputs,
+    StepPlanned,
     Stop,
     Submit,
     ToClient,
@@ -111,6 +113,8 @@ class Engine:
         self.on_stats: Callable[[EngineStats], None] | None = None
         #: Called when layers have moved between stages.
         self.on_move: Callable[[LayersMoved], None] | None = None
+        #: Called with what `EngineConfig.record_steps` makes the driver tell.
+        self.on_steps: Callable[[StepPlanned | StageSteps], None] | None = None
         self._layout = _layout(config, self.model_config)
         rank_config(self.model_config, config.tensor_parallel_size)
         self._on_progress: Callable[[str], None] | None = None
@@ -135,6 +139,11 @@ class Engine:
         engine._on_progress = on_progress
         await engine._start_group()
         return engine
+
+    @property
+    def layout(self) -> Layout:
+        """Which stage owns which layers."""
+        return self._layout
 
     # ---- requests
 
@@ -360,6 +369,9 @@ class Engine:
             elif isinstance(message, LayersMoved):
                 if self.on_move is not None:
                     self.on_move(message)
+            elif isinstance(message, StepPlanned | StageSteps):
+                if self.on_steps is not None:
+                    self.on_steps(message)
             elif isinstance(message, Progress):
                 if self._on_progress is not None:
                     self._on_progress(message.text)

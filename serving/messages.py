@@ -118,9 +118,11 @@ class StageSeconds(msgspec.Struct, kw_only=True):
 
 
 class LayersMoved(msgspec.Struct, frozen=True, tag="layers_moved"):
-    """From the next micro-batch on stage i has counts[i] layers. `seconds` from the decision to the
-    switch; `slowest` is the stage for whose sake they moved, None when that was asked for."""
+    """From the first micro-batch of `epoch` on stage i has counts[i] layers. `seconds` from the
+    decision to the switch; `slowest` is the stage for whose sake they moved, None when that was
+    asked for."""
 
+    epoch: int
     counts: list[int]
     before: list[int]
     seconds: float
@@ -153,7 +155,42 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     layers: list[int] = []
 
 
-ToClient = Progress | Ready | Failed | StepOutputs | LayersMoved | EngineStats
+class StepTime(msgspec.Struct, frozen=True, array_like=True):
+    """One stage's work on micro-batch `number`, in seconds; times are those of time.monotonic.
+
+    `busy` is without what was spent waiting. From `began`, when the stage had all of its input, to
+    `ended` it worked on nothing else; what it prepared while the input was on its way counts as
+    busy and lies before `began`.
+    """
+
+    number: int
+    busy: float
+    began: float
+    ended: float
+
+
+class StepPlanned(msgspec.Struct, frozen=True, tag="planned"):
+    """Micro-batch `number` of a layout's `epoch` was sent to the stages; what it holds.
+
+    This and `StageSteps` are told with `EngineConfig.record_steps` alone.
+    """
+
+    number: int
+    epoch: int
+    decodes: int
+    prompt_tokens: int
+
+
+class StageSteps(msgspec.Struct, frozen=True, tag="times"):
+    """When a stage worked on late micro-batches, in their order."""
+
+    stage: int
+    steps: list[StepTime]
+
+
+ToClient = (
+    Progress | Ready | Failed | StepOutputs | LayersMoved | EngineStats | StepPlanned | StageSteps
+)
 
 
 # ---- driver to stage
@@ -215,13 +252,11 @@ class StageStarted(msgspec.Struct, frozen=True, tag="started"):
 
 
 class StageStats(msgspec.Struct, frozen=True, tag="stats"):
-    """`steps` are [number, busy seconds] of each micro-batch that ended since the last message:
-    without what was spent waiting for input or link.
-    """
+    """`steps` are the micro-batches that ended since the last message."""
 
     stage: int
     seconds: StageSeconds
-    steps: list[tuple[int, float]] = []
+    steps: list[StepTime] = []
 
 
 class LayersCopied(msgspec.Struct, frozen=True, tag="copied"):

@@ -188,6 +188,22 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    timeline: Annotated[
+        str,
+        typer.Option(
+            help="SVG file to be written: what each stage did when, for one load, or one order "
+            "and rate of a trace.",
+            show_default=False,
+        ),
+    ] = "",
+    timeline_window: Annotated[
+        str,
+        typer.Option(
+            help="Part of the run that --timeline shows: SECONDS about its middle, or START:END; "
+            "by default 60 micro-batches.",
+            show_default=False,
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of lengths and arrivals.")] = 0,
 ) -> None:
     """Run loads, or a recorded one, against an engine and print their figures.
@@ -205,6 +221,7 @@ def bench(
     """
     from serving.bench.settings import Settings, TraceSettings
     from serving.bench.targets import BenchError
+    from serving.bench.timeline import Picture
     from serving.cli import fail, parse_devices, parse_layout
 
     if seed < 0:
@@ -222,12 +239,19 @@ def bench(
         seconds=seconds,
         rates=rates,
     )
+    loads = load or []
     try:
         wanted.check(loads=bool(load), url=bool(url))
         layout = parse_layout(layer_layout)
+        if timeline and (url or goodput):
+            other = "--url" if url else "--goodput"
+            raise ConfigError(
+                f"--timeline draws one run of an engine in this process; leave {other}.",
+                "--timeline",
+            )
+        picture = Picture.asked(timeline, timeline_window, len(loads or order or ["fcfs"]))
     except ConfigError as refused:
         fail(refused)
-    loads = load or []
     fixed = all(text.startswith("fixed-") for text in loads)
     settings = Settings(
         model=model,
@@ -238,6 +262,7 @@ def bench(
         matmul=fixed and not url if matmul is None else matmul,
         seed=seed,
         kv_memory=kv_memory,
+        picture=picture,
         engine={
             "pipeline_parallel_size": pipeline_parallel_size,
             "tensor_parallel_size": tensor_parallel_size,
@@ -261,6 +286,7 @@ def bench(
             "layer_rebalance": layer_rebalance,
             "movable_layers": movable_layers,
             "threads": threads or None,
+            "record_steps": picture is not None,
         },
     )
     try:
@@ -330,7 +356,7 @@ async def _bench(settings: Settings) -> None:
     try:
         await run_load(target, warm_up(loads), model.vocab_size, say)
         for load in loads:
-            before = target.stages()
+            before, began = target.stages(), time.monotonic()
             figures = await run_load(target, load, model.vocab_size, say)
             shares = stage_shares(before, target.stages())
             for stage, share in enumerate(shares):
@@ -348,5 +374,7 @@ async def _bench(settings: Settings) -> None:
             row["stages_percent"] = shares
             row["matmul_s"] = None if product is None else round(product, 3)
             print_row(row, settings.as_json)
+            if settings.picture is not None:
+                await target.draw(settings.picture, began, f"{name}, measured: {load.text}")
     finally:
         await target.close()

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from serving.errors import ConfigError
 
 if TYPE_CHECKING:
+    from serving.bench.timeline import Picture
     from serving.config.model import ModelConfig
 
 
@@ -30,6 +31,7 @@ class Settings:
     seed: int
     kv_memory: str
     engine: dict[str, Any]
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True)

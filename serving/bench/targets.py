@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from serving.bench.recording import Recording
+from serving.bench.settings import say
 from serving.config.engine import EngineConfig
 from serving.config.service import Service
 from serving.core import SamplingParams
 from serving.errors import ConfigError, LecternError, OverloadedError
-from serving.messages import StageSeconds
+from serving.messages import LayersMoved, StageSeconds
 
 if TYPE_CHECKING:
+    from serving.bench.timeline import Picture
     from serving.engine import Engine
 
 
@@ -77,6 +80,12 @@ class Target(ABC):
         """Where each stage's time went since the start, as last reported; none from an address."""
         return []
 
+    async def draw(self, picture: Picture, since: float, title: str) -> None:
+        """Draw what the stages did since a time of time.monotonic; only of an engine in process
+        that records its steps.
+        """
+        raise AssertionError("an address does not tell when its stages worked")
+
     @abstractmethod
     async def close(self) -> None: ...
 
@@ -92,6 +101,10 @@ class InProcess(Target):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.context = engine.max_model_len
+        self._recording = Recording(engine.layout.num_stages)
+        engine.on_steps = self._recording.take
+        self._layouts = {engine.layout.epoch: engine.layout.counts}
+        engine.on_move = self._note_move
 
     @classmethod
     async def start(cls, config: EngineConfig, progress: Callable[[str], None]) -> InProcess:
@@ -115,6 +128,14 @@ class InProcess(Target):
 
     def stages(self) -> list[StageSeconds]:
         return list(self._engine.stats.stages)
+
+    async def draw(self, picture: Picture, since: float, title: str) -> None:
+        batches = await self._recording.batches(since)
+        picture.write(batches, self._layouts, title)
+
+    def _note_move(self, move: LayersMoved) -> None:
+        self._layouts[move.epoch] = move.counts
+        say(f"{move.why} ({1000 * move.seconds:.0f} ms)")
 
     async def close(self) -> None:
         await self._engine.close()

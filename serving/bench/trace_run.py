@@ -156,6 +156,7 @@ async def _run_order(
             part = _part(trace, rate, wanted)
             jobs = make_jobs(part, points, run.wishes, vocab, page_size, settings.seed)
             name = f"{label} {part.rate:.3g}/s"
+            began = time.monotonic()
             found = await replay(target, jobs, salt=f"{salt}-{rate}", name=name, say=say)
             row = {
                 **_head(run, recorded.name, order),
@@ -168,6 +169,8 @@ async def _run_order(
                 **circumstances(settings),
             }
             print_row(row, settings.as_json)
+            if settings.picture is not None:
+                await target.draw(settings.picture, began, f"{run.name}, measured: {name}")
             return found
 
         if not wanted.goodput:

@@ -35,7 +35,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `devices` names one torch device a rank, those of stage 0 first. `threads` is the number of
     compute threads a rank; by default the cores are shared out. `step_timeout` seconds without a
     result of a running micro-batch mean that a stage hangs. `transport` links stages on GPUs: auto
-    is peer where the machine allows it, else nccl.
+    is peer where the machine allows it, else nccl. `record_steps` tells the client of every
+    micro-batch when each stage worked on it.
     """
 
     model: Path
@@ -74,6 +75,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     transport: Literal["auto", "peer", "nccl"] = "auto"
     threads: int | None = None
     step_timeout: float = 600.0
+    record_steps: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Path):

@@ -31,7 +31,9 @@ from serving.messages import (
     StageFailed,
     StageSeconds,
     StageStats,
+    StageSteps,
     StepOutputs,
+    StepPlanned,
     StepResult,
     Stop,
     Submit,
@@ -75,7 +77,8 @@ class Driver:
             self._balancer = Balancer(spec.layout, windows=self._migration.windows)
         self._balanced_at = 0.0
         self._asked: Layout | None = None
-        self._move_told = LayersMoved([], [], 0.0, None, "")
+        #: Why layers are moving: the slowest stage if there is one, and a sentence.
+        self._move_reason: tuple[int | None, str] = (None, "")
         self._measured: tuple[str, list[str], str] | None = None
         self._told_at = 0.0
         self._untold = True
@@ -145,11 +148,24 @@ class Driver:
         now = time.monotonic()
         if migration.idle:
             self._begin_move(now)
-        elif (seconds := migration.switch(now)) is not None:
-            self._scheduler.epoch = migration.layout.epoch
-            self._timings.relayout(self._scheduler.next_number, migration.layout)
-            self._untold = True
-            self.tell(msgspec.structs.replace(self._move_told, seconds=seconds))
+            return
+        before, layout = migration.layout, migration.switch()
+        if layout is None:
+            return
+        self._scheduler.epoch = layout.epoch
+        self._timings.relayout(self._scheduler.next_number, layout)
+        self._untold = True
+        slowest, why = self._move_reason
+        self.tell(
+            LayersMoved(
+                epoch=layout.epoch,
+                counts=layout.counts,
+                before=before.counts,
+                seconds=now - migration.decided,
+                slowest=slowest,
+                why=why,
+            )
+        )
 
     def _begin_move(self, now: float) -> None:
         migration = self._migration
@@ -162,7 +178,7 @@ class Driver:
             layout, slowest, why = move.layout, move.slowest, move.sentence()
         if layout.bounds == migration.layout.bounds:
             return
-        self._move_told = LayersMoved(layout.counts, migration.layout.counts, 0.0, slowest, why)
+        self._move_reason = slowest, why
         held = self._scheduler.pool.held()
         self._group.send_all(migration.begin(layout, held, now))
 
@@ -194,8 +210,11 @@ class Driver:
         self._group.send_plan(plan)
         self._timings.sent(batch, scheduler.slots)
         self._untold = True
+        held = (len(batch.decode_slots), int(batch.prefill_lens.sum()))
         if len(self._batches) < _MAX_REPORTED_BATCHES:
-            self._batches.append((len(batch.decode_slots), int(batch.prefill_lens.sum())))
+            self._batches.append(held)
+        if self._spec.config.record_steps:
+            self.tell(StepPlanned(batch.number, plan.epoch, *held))
         return True
 
     def _take_results(self, *, wait: bool) -> None:
@@ -213,6 +232,8 @@ class Driver:
             elif isinstance(message, StageStats):
                 self._stages[message.stage] = message.seconds
                 self._timings.took(message.stage, message.steps)
+                if self._spec.config.record_steps:
+                    self.tell(StageSteps(message.stage, message.steps))
                 self._untold = True
             elif isinstance(message, LayersCopied):
                 self._migration.copied(message)

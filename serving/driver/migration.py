@@ -30,7 +30,8 @@ class Migration:
         self.windows = home.windows(movable)
         self._ranks = ranks
         self._target: Layout | None = None
-        self._decided = 0.0
+        #: When the last move began.
+        self.decided = 0.0
         self._copying: set[tuple[int, int]] = set()
         self._settling: set[tuple[int, int]] = set()
 
@@ -49,7 +50,7 @@ class Migration:
         if not self.idle or not self.allows(layout) or layout.bounds == self.layout.bounds:
             raise AssertionError(f"layers cannot move to {layout.bounds} now")
         self._target = Layout(self.layout.epoch + 1, layout.bounds)
-        self._decided = now
+        self.decided = now
         getting = {
             (stage, rank)
             for stage in range(layout.num_stages)
@@ -64,13 +65,12 @@ class Migration:
         who = (message.stage, message.rank)
         (self._settling if message.settled else self._copying).discard(who)
 
-    def switch(self, now: float) -> float | None:
-        """Switch as soon as that may be: the next plan must be of `layout`'s epoch. Returns the
-        seconds since `begin` when it happens, else None."""
+    def switch(self) -> Layout | None:
+        """The new layout, once, as soon as it may be: the next plan must be of its epoch."""
         if self._target is None or self._copying:
             return None
         self.layout, self._target = self._target, None
-        return now - self._decided
+        return self.layout
 
     def forget(self) -> None:
         """The stages are gone, and with them whatever was being copied."""

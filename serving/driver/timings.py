@@ -19,8 +19,11 @@ import numpy as np
 from serving.core import Layout, MicroBatch
 from serving.driver.predictor import NUM_HEAD, NUM_LAYER, StagePredictor, StepFeatures
 from serving.driver.slots import SlotTable
+from serving.messages import StepTime
 
 _MOST_PENDING = 4096
+#: Steps of one report that are learnt from, the newest: nothing is planned meanwhile.
+_MOST_LEARNT = 64
 _WORTH_KEEPING = 1000  # steps
 _WINDOW = 256
 _LAYOUTS = 16
@@ -54,7 +57,7 @@ class StepTimings:
         ]
         self._pending: dict[int, tuple[StepFeatures, int]] = {}
         #: Of the time between two results, which is that of the slowest stage while all are busy:
-        #: for stages that report no times.
+        #: until all stages have reported some times.
         self._between = StagePredictor(1, has_head=True)
         self._last_result = 0.0
 
@@ -85,17 +88,18 @@ class StepTimings:
             return max(predictor.predict(features) for predictor in self.predictors)
         return self._between.predict(features) if self._between.known else None
 
-    def took(self, stage: int, steps: list[tuple[int, float]]) -> None:
-        """A stage worked so many seconds on each of these micro-batches."""
-        for number, seconds in steps:
-            found = self._pending.pop(number, None)
+    def took(self, stage: int, steps: list[StepTime]) -> None:
+        """A stage has worked on these micro-batches."""
+        for left, step in enumerate(steps, -len(steps)):
+            found = self._pending.pop(step.number, None)
             if found is None:
                 continue
             features, stages = found
             if stages > 1:
-                self._pending[number] = (features, stages - 1)
-            layers = len(self._layout_of(number).layers(stage))
-            self.predictors[stage].observe(features, seconds, layers)
+                self._pending[step.number] = (features, stages - 1)
+            if left >= -_MOST_LEARNT:
+                layers = len(self._layout_of(step.number).layers(stage))
+                self.predictors[stage].observe(features, step.busy, layers)
 
     def relayout(self, first: int, layout: Layout) -> None:
         """Micro-batches from number `first` on run with another layout."""

@@ -16,7 +16,8 @@ from serving.config.engine import EngineConfig
 from serving.errors import ConfigError, LecternError
 
 if TYPE_CHECKING:
-    from serving.simulation.pipeline import Arrival
+    from serving.bench.timeline import Picture
+    from serving.simulation.pipeline import Arrival, Step
 
 _DEFAULTS = EngineConfig(model=Path())
 
@@ -122,6 +123,23 @@ def simulate(
     longest_answer: Annotated[
         int, typer.Option(help="For --unknown-lengths: max_tokens of every request.")
     ] = 4096,
+    timeline: Annotated[
+        str,
+        typer.Option(
+            help="SVG file to be written: what each stage did when, for one load, order, policy "
+            "and budget.",
+            show_default=False,
+        ),
+    ] = "",
+    timeline_window: Annotated[
+        str,
+        typer.Option(
+            help="Part of the run that --timeline shows: SECONDS about its middle, or START:END; "
+            "by default 60 micro-batches. Where layers move, the first move takes the middle's "
+            "place.",
+            show_default=False,
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of lengths and arrivals.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a run on standard output.")
@@ -132,6 +150,7 @@ def simulate(
     Nothing is computed but the schedule, so hours of load take seconds and no GPU. Figures are
     predictions: they say what differs between policies, layouts and budgets.
     """
+    from serving.bench.timeline import Picture
     from serving.cli import fail
 
     smallest = {"--requests": (requests, 0), "--longest-answer": (longest_answer, 1)}
@@ -163,11 +182,11 @@ def simulate(
     try:
         first = True
         budgets = max_num_batched_tokens or [2048]
+        ways = list(product(order or ["fcfs"], schedule_policy or ["auto"], budgets))
+        picture = Picture.asked(timeline, timeline_window, max(1, len(load or [])) * len(ways))
         for load_set in _loads(settings, load or [], trace, mix, requests, seed, budgets[0]):
-            for way, policy, budget in product(
-                order or ["fcfs"], schedule_policy or ["auto"], budgets
-            ):
-                row = _run(settings, load_set, way, policy, budget, seed)
+            for way, policy, budget in ways:
+                row = _run(settings, load_set, way, policy, budget, seed, picture)
                 _print(row, as_json=as_json, first=first)
                 first = False
     except LecternError as error:
@@ -308,14 +327,20 @@ def _scaled(base: _LoadSet, text: str, factor: float) -> _LoadSet:
 
 
 def _run(
-    settings: _Settings, load: _LoadSet, order: str, policy: str, budget: int, seed: int
+    settings: _Settings,
+    load: _LoadSet,
+    order: str,
+    policy: str,
+    budget: int,
+    seed: int,
+    picture: Picture | None = None,
 ) -> dict[str, Any]:
     from serving.cli import parse_layout
     from serving.config.service import parse_tpot, parse_ttft
     from serving.simulation.pipeline import Pipeline, simulated_config
     from serving.simulation.profile import Profile
     from serving.simulation.rebalance import Rebalancing
-    from serving.simulation.report import summarise
+    from serving.simulation.report import draw_timeline, summarise
     from serving.simulation.targets import slo_figures, with_targets
 
     ttft, tpot = parse_ttft(settings.slo_ttft), parse_tpot(settings.slo_tpot)
@@ -335,6 +360,14 @@ def _run(
             "--layer-rebalance",
         )
     rebalancing = Rebalancing() if settings.rebalance == "auto" else None
+    steps: list[Step] = []
+
+    def on_step(step: Step) -> None:
+        if rebalancing is not None:
+            rebalancing.on_step(step)
+        if picture is not None:
+            steps.append(step)
+
     pipeline = Pipeline(
         profile,
         config,
@@ -342,10 +375,11 @@ def _run(
         max_model_len=settings.max_model_len,
         known_lengths=settings.known_lengths,
         longest_answer=settings.longest_answer,
-        on_step=None if rebalancing is None else rebalancing.on_step,
+        on_step=on_step,
     )
     if rebalancing is not None:
         rebalancing.attach(pipeline)
+    layouts = [pipeline.layout]
     began = said = time.monotonic()
 
     def progress(ended: int, now: float) -> None:
@@ -360,12 +394,16 @@ def _run(
     outcome = pipeline.run(arrivals, progress)
     took = time.monotonic() - began
     for at, move in rebalancing.moves if rebalancing is not None else ():
+        layouts.append(move.layout)
         _say(f"{load.name}, {at:.1f} s: {move.sentence()}")
+    if picture is not None:
+        title = f"{profile.name}, simulated: {load.name}, {config.policy}"
+        draw_timeline(picture, steps, layouts, title)
     return {
         "engine": "lectern, simulated",
         "profile": profile.name,
         "pp": settings.stages,
-        "layout": [len(pipeline.layout.layers(stage)) for stage in range(settings.stages)],
+        "layout": pipeline.layout.counts,
         "trace": load.name,
         "load": load.load,
         "order": config.order,

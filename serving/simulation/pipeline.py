@@ -45,10 +45,11 @@ class Arrival:
 
 @dataclass
 class Step:
-    """One micro-batch: its features, and when each stage began and ended it."""
+    """One micro-batch: its features, its layout's epoch, when each stage began and ended it."""
 
     number: int
     features: StepFeatures
+    epoch: int
     began: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
 
@@ -188,7 +189,7 @@ class Pipeline:
         self._sampled_in[batch.sampled] = batch.number
         told = now + profile.news_s
         there = self._token_at.get(reads, 0.0) + profile.token_return_s
-        step = Step(batch.number, features)
+        step = Step(batch.number, features, self.layout.epoch)
         last = len(self._free_at) - 1
         tokens = features.new_tokens + features.decode_rows
         for stage, free in enumerate(self._free_at):

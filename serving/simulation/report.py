@@ -1,11 +1,15 @@
-"""What a simulated run is summed up to: the bench's row, bubbles of each stage, preemptions."""
+"""What a simulated run is summed up to: the bench's row, bubbles of each stage, preemptions; and
+its timeline."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from serving.bench.loads import workload
-from serving.simulation.pipeline import Arrival, Outcome
+from serving.bench.timeline import Batch, Picture
+from serving.core import Layout
+from serving.simulation.pipeline import Arrival, Outcome, Step
 
 
 def summarise(arrivals: list[Arrival], outcome: Outcome) -> dict[str, Any]:
@@ -30,6 +34,23 @@ def summarise(arrivals: list[Arrival], outcome: Outcome) -> dict[str, Any]:
     row["decode_tokens"] = outcome.decode_tokens
     row["cached_tokens"] = outcome.cached_tokens
     return row
+
+
+def draw_timeline(
+    picture: Picture, steps: Sequence[Step], layouts: Sequence[Layout], title: str
+) -> None:
+    """Write a picture of all steps of a run, in which these layouts followed one another."""
+    batches = [
+        Batch(
+            step.number,
+            step.features.decode_rows,
+            step.features.new_tokens,
+            step.epoch,
+            list(zip(step.began, step.ended, strict=True)),
+        )
+        for step in steps
+    ]
+    picture.write(batches, {layout.epoch: layout.counts for layout in layouts}, title)
 
 
 #: Columns of the table for people: key of the row, heading, width.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from serving.messages import StageSeconds
+from serving.messages import StageSeconds, StepTime
 
 State = Literal["wait_input", "wait_link", "idle"]
 
@@ -18,6 +18,7 @@ class StageClock:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._waits = {"wait_input": 0.0, "wait_link": 0.0, "idle": 0.0}
+        self.begin()
 
     @contextmanager
     def waiting(self, state: State) -> Iterator[None]:
@@ -26,6 +27,19 @@ class StageClock:
             yield
         finally:
             self._waits[state] += time.perf_counter() - started
+            if state == "wait_input":
+                self._began = time.monotonic()
+
+    def begin(self) -> None:
+        """A step begins. It has its input from here on, or from the last wait in it."""
+        self._before = self.seconds()
+        self._began = time.monotonic()
+
+    def step(self, number: int) -> StepTime:
+        """The step that ends now. What it waited for its link counts as after its end."""
+        now, spent, before = time.monotonic(), self.seconds(), self._before
+        linked = spent.wait_link - before.wait_link
+        return StepTime(number, spent.busy - before.busy, self._began, now - linked)
 
     def add(self, state: State, seconds: float) -> None:
         self._waits[state] += seconds

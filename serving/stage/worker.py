@@ -28,6 +28,7 @@ from serving.messages import (
     StageSpec,
     StageStarted,
     StageStats,
+    StepTime,
 )
 from serving.models import build_stage
 from serving.sampling import SampleOutput, Sampler
@@ -112,8 +113,8 @@ class StageWorker:
             self._transport = self._make_transport(spec)
         self._sampler: Sampler | None = None
         self._clock = StageClock()
-        #: Busy seconds of late micro-batches. Ranks that do not report drop the oldest.
-        self._steps: deque[tuple[int, float]] = deque(maxlen=4096)
+        #: Late micro-batches, on a CPU. Ranks that do not report drop the oldest.
+        self._steps: deque[StepTime] = deque(maxlen=4096)
         self._expected: deque[tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]] = deque()
 
     def run(self) -> None:
@@ -136,10 +137,10 @@ class StageWorker:
             with self._clock.waiting("idle"):
                 message = self._links.next(_STATS_SECONDS if unreported else None)
             if isinstance(message, StepPlan):
-                before = self._clock.seconds().busy
+                self._clock.begin()
                 self._step(message)
                 if self._gpu is None:
-                    self._steps.append((message.number, self._clock.seconds().busy - before))
+                    self._steps.append(self._clock.step(message.number))
                 unreported = self._rank == 0
             elif isinstance(message, MoveLayers) and self._moves is not None:
                 self._moves.begin(message)
@@ -149,10 +150,15 @@ class StageWorker:
                 raise EngineDeadError("The driver sent a message that has no place in a step.")
             now = time.monotonic()
             if unreported and now - reported >= _STATS_SECONDS:
-                seconds = self._clock.seconds() if self._gpu is None else self._gpu.seconds()
-                self._links.send(StageStats(self._stage, seconds, list(self._steps)))
-                self._steps.clear()
-                reported, unreported = now, message is not None
+                # What a GPU has not come to the end of is reported next time.
+                more = message is not None or (self._gpu is not None and self._gpu.behind)
+                if self._gpu is None:
+                    seconds, steps = self._clock.seconds(), list(self._steps)
+                    self._steps.clear()
+                else:
+                    seconds, steps = self._gpu.seconds(), self._gpu.take_steps()
+                self._links.send(StageStats(self._stage, seconds, steps))
+                reported, unreported = now, more
 
     def close(self) -> None:
         if self._gpu is not None:

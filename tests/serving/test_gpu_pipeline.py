@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from serving import LLM, SamplingParams
 from serving.errors import ConfigError, EngineDeadError
+from serving.messages import StageSteps, StepPlanned, StepTime
 from tests.serving.processes import children_of, eventually, gone
 from tests.serving.tiny import FAMILIES, greedy_answers, make_checkpoint
 
@@ -107,6 +109,42 @@ def test_sampling_does_not_depend_on_the_stages(transport: str, place: str, tmp_
             return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, every)]
 
     assert texts(**where, transport=transport) == texts(device="cuda")
+
+
+@pytest.mark.parametrize("place", ["own", "shared"])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_stages_say_when_they_worked(graphs: bool, place: str, tmp_path: Path) -> None:
+    """Each after the one before it, by one clock; and what they say is learnt from."""
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    planned: list[StepPlanned] = []
+    steps: tuple[dict[int, StepTime], dict[int, StepTime]] = {}, {}
+
+    def take(message: StepPlanned | StageSteps) -> None:
+        if isinstance(message, StepPlanned):
+            planned.append(message)
+        else:
+            steps[message.stage].update((step.number, step) for step in message.steps)
+
+    with _engine(folder, **_stages(place, 2), cuda_graphs=graphs, record_steps=True) as llm:
+        llm.engine.on_steps = take
+        began = time.monotonic()
+        params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+        llm.generate([[1, 2, 3]] * 8, params)
+        ended = time.monotonic()
+        numbers = [one.number for one in planned]
+        assert len(numbers) > 100
+        assert eventually(lambda: all(numbers[-1] in stage for stage in steps))
+        # What was learnt is told with the next picture of the engine.
+        llm.generate([[5]], GREEDY)
+        assert eventually(lambda: None not in llm.engine.stats.prediction_errors)
+    first, second = ([stage[number] for number in numbers] for stage in steps)
+    for own in (first, second):
+        assert all(step.busy > 0 for step in own)
+        assert all(began < step.began <= step.ended < ended + 0.1 for step in own)
+    # A device's clock is told by when a busy host sees its steps end, so not all are exact.
+    pairs = [*pairwise(first), *pairwise(second), *zip(first, second, strict=True)]
+    early = sorted(before.ended - after.began for before, after in pairs)
+    assert early[len(early) * 9 // 10] < 0.002
 
 
 @pytest.mark.parametrize("place", ["own", "shared"])

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from serving.messages import StageSeconds, StepResult
+from serving.messages import StageSeconds, StepResult, StepTime
 
 __all__ = ["PendingResult", "ResultThread", "StepTimes", "to_host"]
 
 Wait = Literal["wait_input", "wait_link"]
 _CLOSE_SECONDS = 1.0
+#: How much faster than this host's clock the device's may seem, as a share: far more than it is.
+_CREEP = 1e-4
 
 
 class StepTimes:
@@ -48,21 +51,34 @@ class StepTimes:
             raise AssertionError("a step ends before anybody waits for it")
         self._ended.synchronize()
 
-    def add_to(self, seconds: StageSeconds) -> None:
-        """Once it ended: busy is what is not spent in waits."""
-        if self._ended is None:
-            raise AssertionError("a step ends before it is counted")
-        busy = self._started.elapsed_time(self._ended)
+    def seconds(self) -> StageSeconds:
+        """Of a step that ended: busy is what is not spent in waits, and nothing is idle."""
+        found = StageSeconds(busy=_seconds(self._started, self._ended))
         for kind, before, after in self._waits:
-            spent = before.elapsed_time(after)
-            busy -= spent
-            setattr(seconds, kind, getattr(seconds, kind) + spent / 1000)
-        seconds.busy += busy / 1000
+            spent = _seconds(before, after)
+            found.busy -= spent
+            setattr(found, kind, getattr(found, kind) + spent)
+        return found
+
+    def since_input(self) -> float:
+        """Seconds from the moment the step had all of its input to its end."""
+        inputs = [after for kind, _, after in self._waits if kind == "wait_input"]
+        return _seconds(inputs[-1] if inputs else self._started, self._ended)
+
+    def since(self, earlier: StepTimes) -> float:
+        """Seconds from the end of an earlier step to the end of this one."""
+        return _seconds(earlier._ended, self._ended)
 
     def _mark(self) -> torch.cuda.Event:
         event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event
+
+
+def _seconds(begin: torch.cuda.Event | None, end: torch.cuda.Event | None) -> float:
+    if begin is None or end is None:
+        raise AssertionError("a step ends before its time is asked for")
+    return float(begin.elapsed_time(end)) / 1000
 
 
 @dataclass
@@ -111,11 +127,20 @@ class ResultThread:
         self._queue: queue.SimpleQueue[PendingResult | None] = queue.SimpleQueue()
         self._seconds = StageSeconds()
         self._started = time.perf_counter()
+        self._last: tuple[StepTimes, float] | None = None
+        self._steps: deque[StepTime] = deque(maxlen=4096)
+        self._put = self._noted = 0
         self._thread = threading.Thread(target=self._run, daemon=True, name="results")
         self._thread.start()
 
     def put(self, result: PendingResult) -> None:
+        self._put += 1
         self._queue.put(result)
+
+    @property
+    def behind(self) -> bool:
+        """Whether there are steps whose times are not known yet."""
+        return self._noted < self._put
 
     def seconds(self) -> StageSeconds:
         """From the device's own clock: from the moment it came to a step to the step's end."""
@@ -129,6 +154,11 @@ class ResultThread:
             idle=max(0.0, idle),
         )
 
+    def take_steps(self) -> list[StepTime]:
+        """Steps that ended since the last call, by this host's clock; where nobody calls, the
+        oldest are dropped."""
+        return [self._steps.popleft() for _ in range(len(self._steps))]
+
     def restart_clock(self) -> None:
         self._seconds, self._started = StageSeconds(), time.perf_counter()
 
@@ -138,12 +168,33 @@ class ResultThread:
         self._queue.put(None)
         self._thread.join(timeout=_CLOSE_SECONDS)
 
+    def _note(self, number: int, times: StepTimes, now: float) -> None:
+        """Keep the times of a step whose end was seen just now.
+
+        This thread may see it late, so its end on this host's clock is told from that of the step
+        before and the device's clock. That may only creep away into the future, and what was seen
+        has happened: it is put right whenever the thread is quick.
+        """
+        ended = now
+        if self._last is not None:
+            before, at = self._last
+            ended = min(now, at + times.since(before) * (1 + _CREEP))
+        self._last = times, ended
+        spent, total = times.seconds(), self._seconds
+        total.busy += spent.busy
+        total.wait_input += spent.wait_input
+        total.wait_link += spent.wait_link
+        began, ended = ended - times.since_input(), ended - spent.wait_link
+        self._steps.append(StepTime(number, spent.busy, began, ended))
+        self._noted += 1
+
     def _run(self) -> None:
         try:
             while (result := self._queue.get()) is not None:
                 result.times.synchronize()
-                result.times.add_to(self._seconds)
+                now = time.monotonic()
                 self._send(result)
+                self._note(result.number, result.times, now)
         except Exception as error:
             traceback.print_exc()
             first = str(error).strip().partition("\n")[0]  # may be empty

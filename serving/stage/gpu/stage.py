@@ -20,7 +20,7 @@ from serving.config.model import ModelConfig
 from serving.core import StepPlan
 from serving.errors import ConfigError
 from serving.kernels.device import gpu_kernels
-from serving.messages import StageSeconds, StepResult
+from serving.messages import StageSeconds, StepResult, StepTime
 from serving.models import StageModel
 from serving.sampling.device import DeviceSampler
 from serving.stage.gpu.flow import Flow
@@ -403,6 +403,15 @@ class GpuStage:
 
     def seconds(self) -> StageSeconds:
         return self._results.seconds()
+
+    @property
+    def behind(self) -> bool:
+        """Whether there are launched micro-batches whose times are not known yet."""
+        return self._results.behind
+
+    def take_steps(self) -> list[StepTime]:
+        """The micro-batches that ended since the last call."""
+        return self._results.take_steps()
 
     def close(self) -> None:
         """Bounded, also where the stream waits for a stage that is gone."""

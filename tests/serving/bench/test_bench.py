@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -228,6 +231,16 @@ def test_bad_commands_are_one_sentence(demo: Path) -> None:
         ),
         (["--model", str(demo), "--load", "fixed-4-4:1:0", "--page-size", "15"], "--page-size"),
         (["--model", str(demo), "--load", "fixed-4-4:1:0", "--kv-memory", "x"], "--kv-memory"),
+        (["--model", str(demo), "--load", "chat:1:0", "--timeline", "x"], "ends in .svg"),
+        (["--model", "x", "--load", "chat:1:0", "--timeline-window", "1"], "--timeline-window"),
+        (
+            ["--model", "x", "--load", "chat:1:0", "--timeline", "x.svg", "--url", "http://h"],
+            "--timeline draws one run of an engine in this process; leave --url",
+        ),
+        (
+            ["--model", "x", "--load", "a:1:0", "--load", "b:1:0", "--timeline", "x.svg"],
+            "--timeline draws one run, and 2",
+        ),
         (
             [
                 "--model",
@@ -258,3 +271,32 @@ def test_the_command_in_process(demo: Path) -> None:
     row = json.loads(out)
     assert (row["n"], row["model"], row["pp"], row["tp"]) == (2, "demo-model", 1, 2)
     assert row["out_tok_s"] > 0
+
+
+def test_a_timeline_of_two_stages(demo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.svg"
+    code, out, err = run(
+        "--model", str(demo), "--json", "--load", "fixed-40-6:4:0", "--no-matmul",
+        "--threads", "1", "--device", "cpu", "--pipeline-parallel-size", "2",
+        "--timeline", str(path), "--timeline-window", "0:60",
+    )  # fmt: skip
+    assert code == 0, err
+    text = path.read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    spans: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+    held = [0, 0]
+    box = r"stage (\d): (\d+) decodes, (\d+) prompt tokens, [\d.]+ ms \(([\d.]+) to ([\d.]+)\)"
+    for stage, decodes, prompt, began, ended in re.findall(box, text):
+        spans[int(stage)].append((float(began), float(ended)))
+        held[0] += int(decodes)
+        held[1] += int(prompt)
+    # The warm-up is not in it; every stage had all tokens.
+    assert held == [2 * 4 * 5, 2 * 4 * 40]
+    assert len(spans[0]) == len(spans[1])
+    wall = 1000 * json.loads(out)["wall_s"]
+    for before, after in zip(spans[0], spans[1], strict=True):
+        assert 0 <= before[0] < before[1] <= after[1] <= wall + 50
+        assert after[0] >= before[0]
+    for own in spans.values():
+        assert all(one[1] <= two[0] + 0.02 for one, two in pairwise(own))
+    assert text.count("5 layers") == 2

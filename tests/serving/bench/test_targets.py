@@ -10,7 +10,7 @@ import pytest
 
 from serving.bench.targets import BenchError, InProcess, Times
 from serving.config.service import Service, TtftTarget
-from serving.core import SamplingParams, TokenOutput
+from serving.core import Layout, SamplingParams, TokenOutput
 from serving.errors import OverloadedError
 from tests.serving.bench.virtual_time import run_virtually
 
@@ -19,6 +19,7 @@ class Scripted:
     """An engine that gives tokens after pauses, or refuses."""
 
     max_model_len = 77
+    layout = Layout.even(2, 1)
 
     def __init__(self, script: list[tuple[float, int]], refuses: bool = False) -> None:
         self.script, self.refuses = script, refuses

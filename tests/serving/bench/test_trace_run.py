@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,8 @@ def test_bad_commands_are_one_sentence(tiny: str, tmp_path: Path) -> None:
         ([*trace, "--order", "fcfs", "--url", "http://127.0.0.1:9"], "--order"),
         ([*trace, "--order", "best"], "--order"),
         ([*trace, "--order", "fcfs", "--order", "best"], "--order"),
+        ([*trace, "--goodput", "--timeline", "x.svg"], "--timeline draws one run"),
+        ([*trace, "--timeline", "x.svg", "--order", "slo", "--order", "sjf"], "and 2 are asked"),
         ([*trace, "--rate", "-1"], "--rate must be at least 0"),
         ([*trace, "--rate", "nan"], "--rate must be at least 0"),
         ([*trace, "--requests", "-1"], "--requests must be at least 0"),
@@ -283,13 +286,20 @@ def test_bad_commands_are_one_sentence(tiny: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["fcfs", "slo"])
-def test_with_a_real_engine(tiny: str, order: str) -> None:
+def test_with_a_real_engine(tiny: str, tmp_path: Path, order: str) -> None:
+    path = tmp_path / "run.svg"
     code, out, err = bench(
         "--model", tiny, "--trace", AZURE, "--requests", "10", "--rate", "20", "--json",
         "--device", "cpu", "--threads", "1", "--kv-memory", "64M", "--max-num-batched-tokens",
         "512", "--slo-ttft", "100", "--slo-tpot", "10", "--order", order,
+        "--timeline", str(path), "--timeline-window", "0:600",
     )  # fmt: skip
     assert code == 0, err
+    drawn = path.read_text(encoding="utf-8")
+    assert f", measured: {json.loads(out)['trace']} {order} 20/s<" in drawn
+    recorded = Path(AZURE).read_text().splitlines()[1:11]
+    prompts = sum(int(held) for held in re.findall(r"(\d+) prompt tokens, ", drawn))
+    assert prompts == sum(int(line.split(",")[1]) for line in recorded)
     row = json.loads(out)
     assert (row["n"], row["refused"], row["order"]) == (10, 0, order)
     assert (row["attainment"], row["attainment_ttft"], row["attainment_tpot"]) == (1.0, 1.0, 1.0)

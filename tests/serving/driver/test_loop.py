@@ -28,7 +28,9 @@ from serving.messages import (
     Shutdown,
     StageFailed,
     StageSpec,
+    StageSteps,
     StepOutputs,
+    StepPlanned,
     Stop,
     Submit,
     ToStage,
@@ -96,6 +98,34 @@ def test_requests_are_served_and_everything_is_told(
         client.send(Stop())
         assert client.failure() is None
     assert not timings.cache_folder().exists()
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_steps_are_told_to_the_client_that_wants_them(directory: Path, record: bool) -> None:
+    with Client(directory, pipeline_parallel_size=2, record_steps=record) as client:
+        client.ready()
+        client.send(Submit(client.request(1, PROMPT, 4)))
+        stats_when(client, lambda one: one.finished["length"] == 1)
+        client.send(Submit(client.request(2, PROMPT, 1)))
+        stats_when(client, lambda one: one.finished["length"] == 2)
+        client.send(Stop())
+        assert client.failure() is None
+    planned = [one for one in client.seen if isinstance(one, StepPlanned)]
+    told = [one for one in client.seen if isinstance(one, StageSteps)]
+    if not record:
+        assert not planned
+        assert not told
+        return
+    numbers = [one.number for one in planned]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert [(one.decodes, one.prompt_tokens) for one in planned[:4]] == [
+        (0, len(PROMPT)), (1, 0), (1, 0), (1, 0),
+    ]  # fmt: skip
+    assert {one.epoch for one in planned} == {0}
+    for stage in range(2):
+        steps = [step for one in told if one.stage == stage for step in one.steps]
+        assert {step.number for step in steps} >= set(numbers[:4])
+        assert all(step.began == step.number for step in steps)
 
 
 def test_an_abort_ends_a_request_and_returns_its_pages(directory: Path) -> None:

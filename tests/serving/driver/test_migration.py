@@ -45,12 +45,11 @@ def test_a_move_switches_when_all_who_get_layers_have_the_pages() -> None:
     assert np.frombuffer(message.pages, "<u4").tolist() == [1, 5, 9]
     for stage, rank in ((0, 0), (0, 1), (1, 1)):
         migration.copied(copied(stage, rank=rank))
-        assert migration.switch(11.0) is None
+        assert migration.switch() is None
         assert migration.layout == HOME
     migration.copied(copied(1, rank=0))
-    assert migration.switch(11.5) == 1.5
-    assert migration.layout == Layout(1, TARGET.bounds)
-    assert migration.switch(12.0) is None
+    assert migration.switch() == migration.layout == Layout(1, TARGET.bounds)
+    assert migration.switch() is None
     for stage, rank in ((0, 0), (0, 1), (1, 0)):
         migration.copied(copied(stage, rank=rank, settled=True))
         assert not migration.idle
@@ -65,11 +64,11 @@ def test_what_ends_in_the_middle_leaves_the_layout_that_plans_followed() -> None
     migration.forget()
     assert migration.layout == HOME
     assert migration.idle
-    assert migration.switch(1.0) is None
+    assert migration.switch() is None
     migration.begin(TARGET, [], 0.0)
     migration.copied(copied(0))
     migration.copied(copied(1))
-    assert migration.switch(1.0) is not None
+    assert migration.switch() is not None
     migration.forget()  # what was written last was still on its way
     assert migration.idle
     assert migration.layout.bounds == TARGET.bounds

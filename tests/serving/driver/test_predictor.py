@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from serving.driver.predictor import (
     padded,
 )
 from serving.driver.timings import StepTimings, cache_folder
+from serving.messages import StepTime
 from tests.serving.driver.fake import FakeEngine
 
 LAYERS = 9
@@ -215,16 +217,20 @@ def test_features_are_those_of_the_micro_batch() -> None:
     assert first.num_tokens == 5
 
 
+def times(numbers: Iterable[int], busy: float) -> list[StepTime]:
+    return [StepTime(number, busy, 0.0, 0.0) for number in numbers]
+
+
 def test_times_of_stages_meet_their_micro_batches() -> None:
     slots = FakeEngine().scheduler.slots
     two = timings()
     for number in range(40):
         two.sent(batch(number, [0]), slots)
-    two.took(0, [(number, 0.01) for number in range(40)])
+    two.took(0, times(range(40), 0.01))
     assert [predictor.seen for predictor in two.predictors] == [40, 0]
     assert two.errors[1] is None
-    two.took(1, [(number, 0.02) for number in range(30)])
-    two.took(1, [(999, 0.02), (5, 0.02)])  # never sent; told twice
+    two.took(1, times(range(30), 0.02))
+    two.took(1, times([999, 5], 0.02))  # never sent; told twice
     assert [predictor.seen for predictor in two.predictors] == [40, 30]
     assert two.errors[0] == pytest.approx(0, abs=0.02)
 
@@ -235,8 +241,41 @@ def test_stages_that_report_nothing_take_no_memory() -> None:
     for number in range(5000):
         one.sent(batch(number, [0]), slots)
     assert len(one._pending) <= 4096
-    one.took(0, [(0, 0.1), (4999, 0.1)])
+    one.took(0, times([0, 4999], 0.1))
     assert one.predictors[0].seen == 1
+
+
+def test_of_a_long_report_the_newest_steps_are_learnt() -> None:
+    slots = FakeEngine().scheduler.slots
+    one = timings(1)
+    for number in range(300):
+        one.sent(batch(number, [0]), slots)
+    one.took(0, [*times(range(200), 0.5), *times(range(200, 300), 0.01)])
+    assert one.predictors[0].seen == 64
+    assert one.slowest(StepFeatures(0, 0.0, 1, 1, 1)) == pytest.approx(0.01, rel=0.05)
+    assert not one._pending
+
+
+def test_the_stages_own_times_are_preferred_once_all_are_known() -> None:
+    slots = FakeEngine().scheduler.slots
+    two = timings()
+    step = StepFeatures(0, 0.0, 1, 1, 1)
+    for number in range(80):
+        done = batch(number, [0])
+        done.sent_at = 0.03 * number - 0.01
+        two.sent(done, slots)
+        two.returned(done, 0.03 * (number + 1))
+    assert two.slowest(step) == pytest.approx(0.03, rel=0.1)
+    two.took(0, times(range(64), 0.01))
+    assert two.slowest(step) == pytest.approx(0.03, rel=0.1)
+    two.took(1, times(range(64), 0.02))
+    assert two.slowest(step) == pytest.approx(0.02, rel=0.1)
+
+
+def test_steps_are_padded_as_those_recorded_on_a_gpu() -> None:
+    graphs = pytest.importorskip("serving.stage.gpu.graphs")
+    for tokens in range(1, 700):
+        assert padded(tokens) == (graphs.bucket_of(tokens) or tokens)
 
 
 def teach(timing: StepTimings, count: int) -> None:

@@ -36,6 +36,7 @@ from serving.messages import (
     StageStarted,
     StageStats,
     StepOutputs,
+    StepTime,
     Stop,
     ToClient,
     ToDriver,
@@ -152,7 +153,8 @@ class StageThread:
                 if last and rank == 0:
                     send(model.run(message))
                 if rank == 0:
-                    steps = [(message.number, 0.001)]
+                    began = float(message.number)
+                    steps = [StepTime(message.number, 0.001, began, began + 0.001)]
                     send(StageStats(stage, StageSeconds(busy=0.001 * message.number), steps))
             while not plans.poll(_CHECK_MS):
                 if self._kill.is_set():

@@ -129,6 +129,32 @@ def test_long_prompts_are_mixed_in_and_targets_may_be_left_out(
     assert (row["attainment"], row["best_effort"]) == (None, 3)
 
 
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_timeline_of_a_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, stages: int
+) -> None:
+    path = tmp_path / "run.svg"
+    (row,) = rows(
+        capsys, "--load", "fixed-500-20:40:0", "--stages", str(stages), "--timeline", str(path),
+        "--timeline-window", "0:100",
+    )  # fmt: skip
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<g>") == stages * number(row, "microbatches")
+    assert f"{row['microbatches']} of {row['microbatches']} micro-batches" in text
+    assert text.count(f"{36 // stages} layers") == stages
+    assert "qwen3-8b-h200, simulated: fixed-500-20:40:0, throttle" in text
+
+
+def test_a_timeline_of_layers_that_move(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "moves.svg"
+    load = ("--load", "fixed-100-60:250:60", "--stages", "4", "--layer-rebalance", "auto")
+    (row,) = rows(capsys, *load, "--timeline", str(path))
+    assert number(row, "moves") >= 1
+    text = path.read_text(encoding="utf-8")
+    assert ">9/9/9/9 → " in text
+    assert text.count("<polyline") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -157,6 +183,30 @@ def test_long_prompts_are_mixed_in_and_targets_may_be_left_out(
         (("--load", "chat:5:0", "--profile", "{flat}"), "two points of every curve"),
         (("--load", "chat:5:0", "--num-kv-pages", "0"), "--num-kv-pages 0 of 16 tokens"),
         (("--load", "chat:5:0", "--seed", "-1"), "--seed must be at least 0"),
+        (("--load", "chat:5:0", "--timeline", "a.png"), "--timeline writes SVG"),
+        (("--load", "chat:5:0", "--timeline", "/nowhere/a.svg"), "folder of --timeline"),
+        (("--load", "chat:5:0", "--timeline-window", "1"), "--timeline-window belongs to"),
+        (
+            ("--load", "chat:5:0", "--timeline", "{azure}.svg", "--timeline-window", "x"),
+            "--timeline-window must be seconds",
+        ),
+        (
+            ("--load", "chat:5:0", "--timeline", "{azure}.svg", "--timeline-window", "900:901"),
+            "No micro-batch ran from 900 s",
+        ),
+        (
+            (
+                "--load",
+                "chat:5:0",
+                "--timeline",
+                "{azure}.svg",
+                "--order",
+                "fcfs",
+                "--order",
+                "slo",
+            ),
+            "--timeline draws one run, and 2",
+        ),
         (("--load", "chat:5:0", "--unknown-lengths", "--longest-answer", "0"), "--longest-answer"),
     ],
 )

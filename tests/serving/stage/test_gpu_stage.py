@@ -200,6 +200,13 @@ def _run(
     assert all((second.wait_input > 0) == (stages > 1) for second in seconds)
     assert [second.wait_link > 0 for second in seconds] == [True] * (stages - 1) + [False]
     pipeline.close()
+    seconds = [stage.seconds() for stage in pipeline.stages]
+    for stage, second in zip(pipeline.stages, seconds, strict=True):
+        steps = stage.take_steps()
+        assert [step.number for step in steps] == list(range(len(steps)))
+        assert sum(step.busy for step in steps) == pytest.approx(second.busy)
+        # What a stage does before its input is there is busy and not in the span.
+        assert all(0 < step.ended - step.began <= step.busy + 1e-9 for step in steps)
     return [engine.outputs[stream] for stream in streams]
 
 

@@ -210,7 +210,7 @@ class Pipeline:
                 layout = _random_layout(source, len(self.stages))
                 if layout.bounds != self.migration.layout.bounds:
                     self.send(self.migration.begin(layout, held, 0.0))
-            if self.migration.switch(0.0) is not None:
+            if self.migration.switch() is not None:
                 moves += 1
             self.send(msgspec.structs.replace(plan, epoch=self.migration.layout.epoch))
         for number in range(done, len(load.plans)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -14,17 +15,26 @@ from serving.stage.gpu.results import PendingResult, ResultThread
 
 
 class _Times:
-    """A step that ended, or one that the device never came to the end of."""
+    """A step that ended, or one that the device never came to the end of. It ends so many seconds
+    after the one before by the device's clock.
+    """
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self._error = error
+    def __init__(self, error: Exception | None = None, since: float = 0.0) -> None:
+        self._error, self._since = error, since
 
     def synchronize(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def add_to(self, seconds: StageSeconds) -> None:
-        seconds.busy += 0.25
+    def seconds(self) -> StageSeconds:
+        return StageSeconds(busy=0.25, wait_input=0.5, wait_link=0.125)
+
+    def since_input(self) -> float:
+        return 0.25
+
+    def since(self, earlier: object) -> float:
+        assert isinstance(earlier, _Times)
+        return self._since
 
 
 def _pending(number: int, error: Exception | None = None) -> PendingResult:
@@ -41,6 +51,59 @@ def test_results_keep_their_order_and_their_time() -> None:
     assert [result.number for result in sent] == list(range(5))
     assert [result.message().tokens[0] for result in sent] == list(range(5))
     assert thread.seconds().busy == 1.25
+    assert thread.seconds().wait_input == 2.5
+    steps = thread.take_steps()
+    assert [(step.number, step.busy) for step in steps] == [(n, 0.25) for n in range(5)]
+    assert not thread.take_steps()
+
+
+def test_steps_are_told_by_the_clock_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device ends one every 20 ms. What is seen late is put where it belongs, also what came
+    before anything was seen in time; the device's clock runs slow by 50 millionths."""
+    late = [0.003, 0.005, 0.0, 0.004, 0.001, *[0.002] * 2000, 0.0, 0.005]
+    clock = iter([100 + 0.02 * n + by for n, by in enumerate(late)])
+    thread = ResultThread(lambda result: None, pytest.fail)
+    thread.close()
+    monkeypatch.setattr("serving.stage.gpu.results.time.monotonic", lambda: next(clock))
+    for number in range(len(late)):
+        times: Any = _Times(since=0.02 * (1 - 5e-5))
+        thread._note(number, times, time.monotonic())
+    steps = thread.take_steps()
+    ends = [step.ended + 0.125 - (100 + 0.02 * step.number) for step in steps]
+    assert ends[0] == pytest.approx(0.003)  # there is nothing yet to tell it from
+    assert ends[1] == pytest.approx(0.003, abs=1e-5)
+    assert ends[2:5] == pytest.approx([0.0] * 3, abs=1e-5)
+    # Nobody looked in time for 40 s.
+    assert ends[2004] == pytest.approx(0.002, abs=1e-5)
+    assert ends[2005:] == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert all(step.ended - step.began == pytest.approx(0.125) for step in steps)
+
+
+def test_a_step_that_runs_is_known_of() -> None:
+    reached, go = threading.Event(), threading.Event()
+
+    def send(result: PendingResult) -> None:
+        reached.set()
+        assert go.wait(20)
+
+    thread = ResultThread(send, pytest.fail)
+    assert not thread.behind
+    thread.put(_pending(0))
+    assert reached.wait(20)
+    assert thread.behind
+    assert not thread.take_steps()
+    go.set()
+    thread.close()
+    assert not thread.behind
+    assert len(thread.take_steps()) == 1
+
+
+def test_steps_that_nobody_takes_need_no_room() -> None:
+    thread = ResultThread(lambda result: None, pytest.fail)
+    for number in range(5000):
+        thread.put(_pending(number))
+    thread.close()
+    assert [step.number for step in thread.take_steps()] == list(range(904, 5000))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
