@@ -140,16 +140,16 @@ class Completion:
                 continue
             tokens = slots.tokens[slot]
             extend_chain(sequence.hashes, tokens, sequence.request.cache_salt, size, full)
-            pages, keys = sequence.pages[first:full], sequence.hashes[first:full]
             chunks = page_chunks(tokens, size, first, full)
-            for page, key, chunk in zip(pages, keys, chunks, strict=True):
-                register(page, key, chunk)
+            register(sequence.pages[first:full], sequence.hashes[first:full], chunks)
             sequence.registered = full
 
     def _vacate(self, batch: MicroBatch) -> None:
         """Return slots and pages of ended sequences that nothing in flight names any more."""
         scheduler = self._scheduler
         slots = scheduler.slots
+        if slots.num_alive == slots.num_entered:
+            return
         for named in (batch.decode_slots, batch.prefill_slots):
             for slot in named[~slots.alive[named]].tolist():
                 sequence = slots.sequences[slot]

@@ -129,8 +129,7 @@ class Scheduler:
         self.counters.finished[reason] += 1
         self._forget_prefill(sequence)
         if sequence.slot >= 0:
-            self.slots.alive[sequence.slot] = False
-            self.slots.decoding[sequence.slot] = False
+            self.slots.retire(sequence.slot)
             if self.slots.in_flight[sequence.slot] == 0:
                 self.vacate(sequence)
 
@@ -144,7 +143,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return int(np.count_nonzero(self.slots.alive))
+        return self.slots.num_alive
 
     @property
     def num_waiting(self) -> int:
@@ -164,7 +163,7 @@ class Scheduler:
         if not len(ready) and not waiting and not len(self.order):
             return None
         draft = Draft()
-        budget = self.throttle.budget(self._load(len(ready), needs))
+        budget = self.throttle.budget(self._load(len(ready), len(needs)))
         decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         prefills, lengths = self._take_prefills(
             budget.prefill_tokens, self.max_rows - len(decodes), draft, now, decodes
@@ -173,7 +172,7 @@ class Scheduler:
             # Nothing else to do: the stages may as well hold this plan while they wait.
             needs = self.slots.needs_decode()
             ready = self.slots.ready_to_decode(needs)
-            budget = self.throttle.budget(self._load(len(ready), needs))
+            budget = self.throttle.budget(self._load(len(ready), len(needs)))
             decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         if not len(decodes) and not prefills:
             if self.in_flight:
@@ -190,7 +189,7 @@ class Scheduler:
                 )
         return self._commit(decodes, prefills, lengths, draft)
 
-    def _ready(self, needs: NDArray[np.bool_]) -> tuple[Int64s, bool]:
+    def _ready(self, needs: Int64s) -> tuple[Int64s, bool]:
         """Of the slots that need decodes, those that may now; whether others should rather wait.
 
         The first stage holds a whole micro-batch back until the tokens of all its rows are there. A
@@ -199,17 +198,19 @@ class Scheduler:
         """
         slots = self.slots
         ready = slots.ready_to_decode(needs)
+        if self.stages == 1:
+            return ready, False  # whoever was planned before was planned a round ago
         back = slots.planned[ready] < slots.known[ready]
         back |= slots.planned_in[ready] <= self._next_number - self.stages
         may = ready[back]
         return may, len(may) < len(ready)
 
-    def _load(self, ready: int, needs: NDArray[np.bool_]) -> Load:
+    def _load(self, ready: int, decoding: int) -> Load:
         reserved = 0
         if self.throttle.keeps_reserve and self._waiting_tokens:
             reserved = self.reserve.needed(*self.reserve.running(self.slots))
         return Load(
-            decoding=int(np.count_nonzero(needs)),
+            decoding=decoding,
             ready=ready,
             waiting_tokens=self._servable_tokens(),
             pages_available=self.pool.num_available,
@@ -233,9 +234,9 @@ class Scheduler:
         chosen = ready[:count]
         slots = self.slots
         lacking = slots.planned[chosen] == slots.num_pages[chosen] * self.page_size
-        if not np.count_nonzero(lacking):
-            return chosen
         needy = [slots[slot] for slot in chosen[lacking].tolist()]
+        if not needy:
+            return chosen
         needy.sort(key=lambda sequence: sequence.order_key)
         skipped: set[int] = set()
         pages = self.pool.allocate(len(needy))
