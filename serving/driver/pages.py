@@ -136,9 +136,12 @@ class PagePool:
         """
         registered, page_of = self._registered, self._page_of
         for number, key, chunk in zip(pages, keys, chunks, strict=True):
-            if key in registered or page_of[number] is not None:
+            if page_of[number] is not None:
                 continue
-            registered[key] = page_of[number] = Page(number, key, chunk)
+            page = Page(number, key, chunk)
+            if registered.setdefault(key, page) is not page:
+                continue
+            page_of[number] = page
             if self._evict_fifo:
                 self._registered_at[number] = self._registrations
                 self._registrations += 1

@@ -7,6 +7,7 @@ against stages; a simulation may run it against predicted times.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,9 +99,14 @@ class Scheduler:
 
     # ---- arrivals and departures
 
-    def submit(self, request: Request, now: float) -> Sequence:
-        """Queue a request that passed the door: it fits the context and the pages."""
+    def submit(self, request: Request, now: float, page_keys: Iterable[bytes] = ()) -> Sequence:
+        """Queue a request that passed the door: it fits the context and the pages.
+
+        `page_keys` may stand for the hashes of the prompt's full pages, all but a last one that
+        ends with the prompt, if whoever submits knows what prompts have in common.
+        """
         sequence = Sequence(request, np.frombuffer(request.prompt, dtype="<i4"), now)
+        sequence.hashes.extend(page_keys)
         sequence.order_key = self._arrivals
         self._arrivals += 1
         self.streams[request.stream] = sequence

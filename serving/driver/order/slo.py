@@ -218,11 +218,11 @@ def in_time_then_shortest(
     `deadlines` and remaining `seconds` by place; places are ranks of arrival and break ties. No
     other order has more prompts done by their deadlines when they are done one after the other.
     """
-    by_deadline = np.argsort(deadlines, kind="stable")
+    by_deadline = deadlines.argsort(kind="stable")
     targeted = int(np.count_nonzero(deadlines < math.inf))
     chosen, left_out = _most_in_time(now, deadlines, seconds, by_deadline[:targeted])
-    spare = deadlines[chosen] - (now + np.cumsum(seconds[chosen]))
     lengths = seconds[chosen]
+    spare = deadlines[chosen] - (now + lengths.cumsum())
     while len(chosen):
         # Whoever goes first delays those of earlier deadlines by its own time.
         least = np.minimum.accumulate(spare)
@@ -248,8 +248,8 @@ def _most_in_time(
     by_deadline: Int64s,
 ) -> tuple[Int64s, Int64s]:
     """The most prompts that can all be in time, by deadline, and the others (Moore, Hodgson)."""
-    ends = now + np.cumsum(seconds[by_deadline])
-    if (ends <= deadlines[by_deadline]).all():
+    ends = now + seconds[by_deadline].cumsum()
+    if not np.count_nonzero(ends > deadlines[by_deadline]):
         return by_deadline, by_deadline[:0]
     longest: list[tuple[float, int]] = []
     out: set[int] = set()
