@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving.config.engine import EngineConfig
 from serving.core import Admission, MicroBatch, Request, Sequence, StepPlan
@@ -334,7 +333,7 @@ class Scheduler:
         if not len(self.order):
             return taken, lengths
         # When the next in order cannot enter, nobody behind it may, but who is in goes on.
-        half_done = (slots.alive & ~slots.decoding).nonzero()[0]
+        half_done = slots.half_done()
         entered = len(half_done)
         held = int(slots.num_pages[half_done].sum()) if entered else 0
         clock: StepClock | None = None

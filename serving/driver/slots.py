@@ -115,6 +115,10 @@ class SlotTable:
     def num_entered(self) -> int:
         return self.num_slots - len(self.free)
 
+    def half_done(self) -> Int64s:
+        """Slots of prompts whose prefill is not planned to its end."""
+        return (self.alive & ~self.decoding).nonzero()[0]
+
     def needs_decode(self) -> Int64s:
         """Slots past prefill that have a token left to sample which is not planned yet."""
         decoding = self.decoding.nonzero()[0]

@@ -33,8 +33,8 @@ _BEST_EFFORT = Service()
 
 @dataclass(frozen=True)
 class BlockChain:
-    """`numbers` (int64) of a prompt's blocks of `size` tokens. Of two prompts' blocks those have the
-    same number that are equal and behind equal blocks, and no others.
+    """`numbers` (int64) of a prompt's blocks of `size` tokens: any two blocks have the same number
+    if they are equal and so is all before them, and only then.
     """
 
     numbers: NDArray[np.int64]

@@ -23,7 +23,7 @@ import heapq
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,17 +41,6 @@ _LOOKS = 8
 _CROWD = 1.5
 #: Calls of a program age together as long as none of its gaps is longer, in seconds.
 _PROGRAM_GAP = 600.0
-
-
-@dataclass
-class _Entry:
-    """A prompt in the queue. `since` is when its age begins, `deadline` when it is due."""
-
-    sequence: Sequence
-    since: float
-    deadline: float
-    seconds: float = 0.0
-    version: int = -1
 
 
 @dataclass
@@ -83,8 +72,14 @@ class SloOrder(Order):
         self._share = oldest_share
         self._age = oldest_age
         self.deficits = Deficits(lead)
-        self._entries: list[_Entry] = []  # by arrival
-        self._keys: list[int] = []  # their ranks of arrival
+        # The queue by arrival: ranks of arrival, prompts, when the age of each begins, when it is
+        # due, and the predicted seconds of what is left, NaN before they are reckoned first.
+        self._keys: list[int] = []
+        self._queue: list[Sequence] = []
+        self._since = np.zeros(0)
+        self._deadlines = np.zeros(0)
+        self._seconds = np.zeros(0)
+        self._version = 0  # of the prices in `_seconds`
         self._credit = 0.0  # prompt tokens that the lane has coming
         self._lane = oldest_share
         self._aged = False  # whether anybody is old enough for the lane
@@ -104,22 +99,27 @@ class SloOrder(Order):
             tokens, before = outlook.left(sequence)
             own = outlook.alone(tokens, before)
             deadline = sequence.arrival + service.ttft.of(sequence.prompt_len, own)
-        entry = _Entry(sequence, self._since(sequence), deadline)
         place = bisect_left(self._keys, sequence.order_key)
         self._keys.insert(place, sequence.order_key)
-        self._entries.insert(place, entry)
+        self._queue.insert(place, sequence)
+        self._since = np.insert(self._since, place, self._age_begins(sequence))
+        self._deadlines = np.insert(self._deadlines, place, deadline)
+        self._seconds = np.insert(self._seconds, place, math.nan)
         self.deficits.enter(service.tenant)
 
     def discard(self, sequence: Sequence) -> None:
         place = bisect_left(self._keys, sequence.order_key)
         if place < len(self._keys) and self._keys[place] == sequence.order_key:
-            del self._keys[place], self._entries[place]
+            del self._keys[place], self._queue[place]
+            self._since = np.delete(self._since, place)
+            self._deadlines = np.delete(self._deadlines, place)
+            self._seconds = np.delete(self._seconds, place)
             self.deficits.leave(sequence.request.service.tenant)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._queue)
 
-    def _since(self, sequence: Sequence) -> float:
+    def _age_begins(self, sequence: Sequence) -> float:
         """When the age of a sequence begins: with the first call of its program."""
         service = sequence.request.service
         if not service.program:
@@ -157,56 +157,57 @@ class SloOrder(Order):
     # ---- the choice
 
     def ranked(self, now: float) -> Iterator[Sequence]:
-        entries = self._entries
-        if len(entries) < 2:
-            return iter([entry.sequence for entry in entries])
-        return self._ranked(now)
+        return iter(list(self._queue)) if len(self._queue) < 2 else self._ranked(now)
 
     def _ranked(self, now: float) -> Iterator[Sequence]:
         self._refresh()
-        entries, behind = self._entries, []
+        queue, places = self._queue, np.arange(len(self._queue))
+        behind: list[Sequence] = []
         ahead = self.deficits.ahead()
         if ahead:
-            behind = [e for e in entries if e.sequence.request.service.tenant in ahead]
-            entries = [e for e in entries if e.sequence.request.service.tenant not in ahead]
+            waits = np.array([one.request.service.tenant in ahead for one in queue])
+            behind = [queue[place] for place in places[waits].tolist()]
+            places = places[~waits]
         self._oldest = None
-        oldest = min(entries, key=lambda entry: entry.since)
-        age = now - oldest.since
+        oldest = int(places[self._since[places].argmin()])
+        age = now - float(self._since[oldest])
         self._aged = age > self._age
         # The older it is, the larger its share, so that the longest wait stays within bounds.
         self._lane = min(max(self._share, 0.5), self._share * age / max(self._age, 1.0))
         if not self._aged:
             self._credit = 0.0
         elif self._credit > 0:
-            self._oldest = oldest.sequence
-            yield oldest.sequence
-            entries = [entry for entry in entries if entry is not oldest]
-        window = self._window + max(0, len(entries) - self._window) // 2
-        inside = entries[:window]
-        deadlines = np.array([entry.deadline for entry in inside])
-        seconds = _CROWD * np.array([entry.seconds for entry in inside])
+            self._oldest = queue[oldest]
+            yield queue[oldest]
+            places = places[places != oldest]
+        window = self._window + max(0, len(places) - self._window) // 2
+        inside = places[:window]
+        deadlines, seconds = self._deadlines[inside], _CROWD * self._seconds[inside]
         for place in in_time_then_shortest(now, deadlines, seconds):
-            yield inside[place].sequence
-        for entry in entries[window:]:
-            yield entry.sequence
+            yield queue[inside[place]]
+        for place in places[window:].tolist():
+            yield queue[place]
         served = self.deficits.served
-        behind.sort(key=lambda entry: served[entry.sequence.request.service.tenant])
-        for entry in behind:
-            yield entry.sequence
+        yield from sorted(behind, key=lambda one: served[one.request.service.tenant])
 
     def _refresh(self) -> None:
         """Reckon again what may have changed: prices, prompts in work, a few hits in turn."""
-        outlook, entries = self._outlook, self._entries
-        version = outlook.version
-        for entry in entries:
-            if entry.version != version or entry.sequence.slot >= 0:
-                entry.seconds = outlook.seconds(entry.sequence)
-                entry.version = version
-        count = len(entries)
+        outlook, queue, seconds = self._outlook, self._queue, self._seconds
+        count = len(queue)
+        if self._version != outlook.version:
+            self._version = outlook.version
+            changed: Iterable[int] = range(count)
+        else:
+            begun = [bisect_left(self._keys, one.order_key) for one in outlook.begun()]
+            changed = [*np.isnan(seconds).nonzero()[0].tolist(), *begun]
+        for place in changed:
+            seconds[place] = outlook.seconds(queue[place])
+        if not outlook.caching:
+            return
         for step in range(min(_LOOKS, count)):
-            entry = entries[(self._turn + step) % count]
-            outlook.look(entry.sequence)
-            entry.seconds = outlook.seconds(entry.sequence)
+            place = (self._turn + step) % count
+            outlook.look(queue[place])
+            seconds[place] = outlook.seconds(queue[place])
         self._turn += _LOOKS
 
 
@@ -225,13 +226,11 @@ def in_time_then_shortest(
     spare = deadlines[chosen] - (now + lengths.cumsum())
     while len(chosen):
         # Whoever goes first delays those of earlier deadlines by its own time.
-        least = np.minimum.accumulate(spare)
-        may = np.ones(len(chosen), dtype=np.bool_)
-        may[1:] = lengths[1:] <= least[:-1]
-        candidates = np.flatnonzero(may)
-        shortest = lengths[candidates]
-        first = candidates[np.flatnonzero(shortest == shortest.min())]
-        pick = int(first[np.argmin(chosen[first])])
+        least = np.minimum.accumulate(spare[:-1])
+        may = lengths.copy()
+        may[1:][lengths[1:] > least] = math.inf
+        shortest = (may == may[may.argmin()]).nonzero()[0]
+        pick = int(shortest[chosen[shortest].argmin()])
         yield int(chosen[pick])
         spare[:pick] -= lengths[pick]
         keep = np.arange(len(chosen)) != pick
@@ -254,12 +253,13 @@ def _most_in_time(
     longest: list[tuple[float, int]] = []
     out: set[int] = set()
     at = now
-    for place in by_deadline.tolist():
-        heapq.heappush(longest, (-float(seconds[place]), -place))
-        at += float(seconds[place])
-        if at > deadlines[place]:
-            length, number = heapq.heappop(longest)
-            at += length
+    lengths, dues = seconds[by_deadline].tolist(), deadlines[by_deadline].tolist()
+    for place, length, due in zip(by_deadline.tolist(), lengths, dues, strict=True):
+        heapq.heappush(longest, (-length, -place))
+        at += length
+        if at > due:
+            spared, number = heapq.heappop(longest)
+            at += spared
             out.add(-number)
     kept = np.array([place not in out for place in by_deadline.tolist()], dtype=np.bool_)
     return by_deadline[kept], by_deadline[~kept]
