@@ -35,6 +35,9 @@ from serving.driver.order.fairness import Deficits
 from serving.driver.outlook import Outlook
 from serving.driver.slots import Int64s
 
+#: Rows of a queue's figures: when the age of a prompt begins, when it is due, and the predicted
+#: seconds of what is left of it, NaN before they are reckoned first.
+_SINCE, _DEADLINE, _SECONDS = range(3)
 #: Prompts whose share of the cache is looked up again for a micro-batch, in turn.
 _LOOKS = 8
 #: While a prompt is served others come, and some go first: it takes so many times as long as alone.
@@ -72,14 +75,12 @@ class SloOrder(Order):
         self._share = oldest_share
         self._age = oldest_age
         self.deficits = Deficits(lead)
-        # The queue by arrival: ranks of arrival, prompts, when the age of each begins, when it is
-        # due, and the predicted seconds of what is left, NaN before they are reckoned first.
+        # The queue by arrival: ranks of arrival, prompts, and the figures of each; the columns of
+        # `_figures` beyond the queue's length are free.
         self._keys: list[int] = []
         self._queue: list[Sequence] = []
-        self._since = np.zeros(0)
-        self._deadlines = np.zeros(0)
-        self._seconds = np.zeros(0)
-        self._version = 0  # of the prices in `_seconds`
+        self._figures = np.zeros((3, 64))
+        self._version = 0  # of the prices in the seconds
         self._credit = 0.0  # prompt tokens that the lane has coming
         self._lane = oldest_share
         self._aged = False  # whether anybody is old enough for the lane
@@ -102,18 +103,19 @@ class SloOrder(Order):
         place = bisect_left(self._keys, sequence.order_key)
         self._keys.insert(place, sequence.order_key)
         self._queue.insert(place, sequence)
-        self._since = np.insert(self._since, place, self._age_begins(sequence))
-        self._deadlines = np.insert(self._deadlines, place, deadline)
-        self._seconds = np.insert(self._seconds, place, math.nan)
+        count, figures = len(self._queue), self._figures
+        if count > figures.shape[1]:
+            figures = self._figures = np.concatenate((figures, figures), axis=1)
+        figures[:, place + 1 : count] = figures[:, place : count - 1]
+        figures[:, place] = self._age_begins(sequence), deadline, math.nan
         self.deficits.enter(service.tenant)
 
     def discard(self, sequence: Sequence) -> None:
         place = bisect_left(self._keys, sequence.order_key)
         if place < len(self._keys) and self._keys[place] == sequence.order_key:
             del self._keys[place], self._queue[place]
-            self._since = np.delete(self._since, place)
-            self._deadlines = np.delete(self._deadlines, place)
-            self._seconds = np.delete(self._seconds, place)
+            count, figures = len(self._queue), self._figures
+            figures[:, place:count] = figures[:, place + 1 : count + 1]
             self.deficits.leave(sequence.request.service.tenant)
 
     def __len__(self) -> int:
@@ -161,7 +163,7 @@ class SloOrder(Order):
 
     def _ranked(self, now: float) -> Iterator[Sequence]:
         self._refresh()
-        queue, places = self._queue, np.arange(len(self._queue))
+        queue, figures, places = self._queue, self._figures, np.arange(len(self._queue))
         behind: list[Sequence] = []
         ahead = self.deficits.ahead()
         if ahead:
@@ -169,8 +171,8 @@ class SloOrder(Order):
             behind = [queue[place] for place in places[waits].tolist()]
             places = places[~waits]
         self._oldest = None
-        oldest = int(places[self._since[places].argmin()])
-        age = now - float(self._since[oldest])
+        oldest = int(places[figures[_SINCE, places].argmin()])
+        age = now - float(figures[_SINCE, oldest])
         self._aged = age > self._age
         # The older it is, the larger its share, so that the longest wait stays within bounds.
         self._lane = min(max(self._share, 0.5), self._share * age / max(self._age, 1.0))
@@ -182,7 +184,7 @@ class SloOrder(Order):
             places = places[places != oldest]
         window = self._window + max(0, len(places) - self._window) // 2
         inside = places[:window]
-        deadlines, seconds = self._deadlines[inside], _CROWD * self._seconds[inside]
+        deadlines, seconds = figures[_DEADLINE, inside], _CROWD * figures[_SECONDS, inside]
         for place in in_time_then_shortest(now, deadlines, seconds):
             yield queue[inside[place]]
         for place in places[window:].tolist():
@@ -192,8 +194,8 @@ class SloOrder(Order):
 
     def _refresh(self) -> None:
         """Reckon again what may have changed: prices, prompts in work, a few hits in turn."""
-        outlook, queue, seconds = self._outlook, self._queue, self._seconds
-        count = len(queue)
+        outlook, queue, count = self._outlook, self._queue, len(self._queue)
+        seconds = self._figures[_SECONDS, :count]
         if self._version != outlook.version:
             self._version = outlook.version
             changed: Iterable[int] = range(count)
@@ -247,9 +249,13 @@ def _most_in_time(
     by_deadline: Int64s,
 ) -> tuple[Int64s, Int64s]:
     """The most prompts that can all be in time, by deadline, and the others (Moore, Hodgson)."""
+    hopeless = now + seconds[by_deadline] > deadlines[by_deadline]
+    late = by_deadline[hopeless]
+    if len(late):  # by the rule each would be the longest itself when it is its turn
+        by_deadline = by_deadline[~hopeless]
     ends = now + seconds[by_deadline].cumsum()
     if not np.count_nonzero(ends > deadlines[by_deadline]):
-        return by_deadline, by_deadline[:0]
+        return by_deadline, late
     longest: list[tuple[float, int]] = []
     out: set[int] = set()
     at = now
@@ -262,4 +268,4 @@ def _most_in_time(
             at += spared
             out.add(-number)
     kept = np.array([place not in out for place in by_deadline.tolist()], dtype=np.bool_)
-    return by_deadline[kept], by_deadline[~kept]
+    return by_deadline[kept], np.concatenate((late, by_deadline[~kept]))
