@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from serving.core import FinishReason, MicroBatch
 from serving.driver.pages import extend_chain, page_chunks
 from serving.driver.scheduler import Scheduler
-from serving.driver.slots import Int64s
+from serving.driver.slots import ONE, Int64s
 from serving.errors import EngineDeadError
 from serving.messages import Ended, StepOutputs, StepResult
 
@@ -33,8 +33,8 @@ class Completion:
             )
         batch = flight.popleft()
         slots = self._scheduler.slots
-        slots.in_flight[batch.decode_slots] -= 1
-        slots.confirmed[batch.decode_slots] += 1
+        slots.in_flight[batch.decode_slots] -= ONE
+        slots.confirmed[batch.decode_slots] += ONE
         if len(batch.prefill_slots):
             slots.in_flight[batch.prefill_slots] -= 1
             slots.confirmed[batch.prefill_slots] += batch.prefill_lens
@@ -51,7 +51,7 @@ class Completion:
             sampled, tokens = sampled[rows], tokens[rows]
         known = slots.known[sampled]
         slots.tokens[sampled, known] = tokens
-        known += 1
+        known += ONE
         slots.known[sampled] = known
         self._scheduler.counters.generation_tokens += len(tokens)
         self._register(batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from struct import pack
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from serving.driver.order import make_order
 from serving.driver.outlook import Outlook, StepSeconds
 from serving.driver.pages import PagePool, extend_chain
 from serving.driver.reserve import Reserve
-from serving.driver.slots import Int64s, SlotTable
+from serving.driver.slots import ONE, Int64s, SlotTable
 from serving.driver.step_clock import StepClock
 from serving.driver.throttle import Load, make_throttle
 from serving.messages import Admitted
@@ -26,9 +27,9 @@ from serving.messages import Admitted
 _NOTHING: Int64s = np.zeros(0, dtype=np.int64)
 
 
-def _packed(numbers: list[int], dtype: str) -> bytes:
-    """As bytes; most of a plan's lists are empty most of the time."""
-    return np.array(numbers, dtype=dtype).tobytes() if numbers else b""
+def _packed(numbers: list[int], code: str) -> bytes:
+    """As little-endian bytes; most of a plan's lists are empty most of the time."""
+    return pack(f"<{len(numbers)}{code}", *numbers) if numbers else b""
 
 
 @dataclass
@@ -484,8 +485,8 @@ class Scheduler:
         if not len(decodes) and not prefills:
             return None
         slots = self.slots
-        slots.planned[decodes] += 1
-        slots.in_flight[decodes] += 1
+        slots.planned[decodes] += ONE
+        slots.in_flight[decodes] += ONE
         slots.planned_in[decodes] = self._next_number
         chunk_slots = chunk_lengths = _NOTHING
         sampled = decodes
@@ -515,12 +516,12 @@ class Scheduler:
             number=batch.number,
             epoch=self.epoch,
             decode_slots=decodes.astype("<u2").tobytes(),
-            prefill_slots=_packed(prefills, "<u2"),
-            prefill_lens=_packed(lengths, "<u4"),
-            page_slots=_packed(draft.page_slots, "<u2"),
-            page_columns=_packed(draft.page_columns, "<u4"),
-            page_ids=_packed(draft.page_ids, "<u4"),
-            released=_packed(self._released, "<u2"),
+            prefill_slots=_packed(prefills, "H"),
+            prefill_lens=_packed(lengths, "I"),
+            page_slots=_packed(draft.page_slots, "H"),
+            page_columns=_packed(draft.page_columns, "I"),
+            page_ids=_packed(draft.page_ids, "I"),
+            released=_packed(self._released, "H"),
             admitted=draft.admitted,
         )
         self._released.clear()

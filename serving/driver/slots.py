@@ -14,6 +14,9 @@ from serving.core import Sequence
 
 Int64s = NDArray[np.int64]
 
+#: What is added to short arrays at every step: twice as quick as a plain number.
+ONE = np.ones((), dtype=np.int64)
+
 
 class SlotTable:
     """Arrays over `num_slots` slots.

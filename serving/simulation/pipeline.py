@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from struct import iter_unpack
+from struct import iter_unpack, pack
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from serving.errors import ConfigError
 from serving.messages import StageSeconds, StepResult
 from serving.simulation.profile import Profile
 
-_EOS, _WORD = 0, 1
+_EOS_ID = 0
+_EOS, _WORD = pack("<i", _EOS_ID), pack("<i", 1)
 _BEST_EFFORT = Service()
 
 
@@ -113,7 +114,7 @@ class Pipeline:
         self.profile = profile
         self.layout = layout_of(profile, config)
         self.scheduler = Scheduler(config, num_pages, max_model_len, self._slowest)
-        self._completion = Completion(self.scheduler, [_EOS])
+        self._completion = Completion(self.scheduler, [_EOS_ID])
         self._known_lengths = known_lengths
         self._longest_answer = longest_answer
         self._max_model_len = max_model_len
@@ -150,11 +151,12 @@ class Pipeline:
                 now += self.profile.plan_s
                 self._send(choice[0], now)
             else:
-                coming = [times[arrived]] if arrived < count else []
-                coming += [self._results[0][0]] if self._results else []
-                if not coming:
+                coming = times[arrived] if arrived < count else math.inf
+                if self._results:
+                    coming = min(coming, self._results[0][0])
+                if coming == math.inf:
                     raise AssertionError("work is queued and nothing runs")
-                now = max(now, min(coming))
+                now = max(now, coming)
             while self._results and self._results[0][0] <= now:
                 self._finish(*self._results.popleft())
                 if progress is not None:
@@ -247,12 +249,12 @@ class Pipeline:
     def _finish(self, at: float, batch: MicroBatch) -> None:
         slots = self.scheduler.slots
         sampled = batch.sampled
-        tokens = np.empty(len(sampled), dtype="<i4")
-        tokens.fill(_WORD)
+        tokens = _WORD * len(sampled)
         if not self._known_lengths:
             written = slots.known[sampled] - slots.prompt_len[sampled]
-            tokens[written >= self._tokens_out[slots.stream[sampled]]] = _EOS
-        result = StepResult(number=batch.number, tokens=tokens.tobytes())
+            over = written >= self._tokens_out[slots.stream[sampled]]
+            tokens = b"".join([_EOS if stops else _WORD for stops in over.tolist()])
+        result = StepResult(number=batch.number, tokens=tokens)
         _, outputs = self._completion.finish(result)
         if len(batch.prefill_slots):  # else nobody's first token is among them
             streams = np.frombuffer(outputs.streams, dtype="<i8")
