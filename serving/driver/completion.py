@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from serving.core import FinishReason, MicroBatch
 from serving.driver.pages import extend_chain, page_chunks
 from serving.driver.scheduler import Scheduler
-from serving.driver.slots import Int64s
+from serving.driver.slots import ONE, Int64s
 from serving.errors import EngineDeadError
 from serving.messages import Ended, StepOutputs, StepResult
 
@@ -33,8 +33,8 @@ class Completion:
             )
         batch = flight.popleft()
         slots = self._scheduler.slots
-        slots.in_flight[batch.decode_slots] -= 1
-        slots.confirmed[batch.decode_slots] += 1
+        slots.in_flight[batch.decode_slots] -= ONE
+        slots.confirmed[batch.decode_slots] += ONE
         if len(batch.prefill_slots):
             slots.in_flight[batch.prefill_slots] -= 1
             slots.confirmed[batch.prefill_slots] += batch.prefill_lens
@@ -45,28 +45,33 @@ class Completion:
                 f"Micro-batch {batch.number} sampled {len(tokens)} tokens instead of "
                 f"{len(batch.sampled)}."
             )
-        rows = slots.alive[batch.sampled].nonzero()[0]
-        sampled, tokens = batch.sampled[rows], tokens[rows]
+        sampled = batch.sampled
+        rows = slots.alive[sampled].nonzero()[0]
+        if len(rows) < len(sampled):
+            sampled, tokens = sampled[rows], tokens[rows]
         known = slots.known[sampled]
         slots.tokens[sampled, known] = tokens
-        known += 1
+        known += ONE
         slots.known[sampled] = known
         self._scheduler.counters.generation_tokens += len(tokens)
         self._register(batch)
         stops = self._stops(sampled, tokens, known)
         ended = self._end(sampled, tokens, stops, known)
-        outputs = self._outputs(result, rows, sampled, tokens, ~stops, ended)
+        outputs = self._outputs(result, rows, sampled, tokens, stops, ended)
         self._vacate(batch)
         return batch, outputs
 
     def _stops(
         self, sampled: Int64s, tokens: NDArray[np.int32], known: Int64s
-    ) -> NDArray[np.bool_]:
-        """Which tokens end their sequences by themselves; `known` counts them too."""
+    ) -> NDArray[np.bool_] | None:
+        """Which tokens end their sequences by themselves, None if none can.
+
+        `known` tokens of each sequence are there, these among them.
+        """
         slots = self._scheduler.slots
-        stops = np.zeros(len(sampled), dtype=np.bool_)
         if np.count_nonzero(slots.runs_to_limit[sampled]) == len(sampled):
-            return stops
+            return None
+        stops = np.zeros(len(sampled), dtype=np.bool_)
         may_stop = known > slots.stop_from[sampled]
         for eos in self._eos:
             stops |= tokens == eos
@@ -80,18 +85,21 @@ class Completion:
         self,
         sampled: Int64s,
         tokens: NDArray[np.int32],
-        stops: NDArray[np.bool_],
+        stops: NDArray[np.bool_] | None,
         known: Int64s,
     ) -> list[Ended]:
         """End the sequences that stop or have come to their limit."""
         scheduler = self._scheduler
         slots = scheduler.slots
-        over = stops | (known == slots.limit[sampled])
+        over = known == slots.limit[sampled]
+        if stops is not None:
+            over |= stops
         ended = []
         for row in over.nonzero()[0].tolist():
             sequence = slots[int(sampled[row])]
-            reason: FinishReason = "stop" if stops[row] else "length"
-            token = int(tokens[row]) if stops[row] else None
+            by_token = stops is not None and bool(stops[row])
+            reason: FinishReason = "stop" if by_token else "length"
+            token = int(tokens[row]) if by_token else None
             ended.append(Ended(sequence.request.stream, reason, token))
             scheduler.end(sequence, reason)
         return ended
@@ -102,16 +110,18 @@ class Completion:
         rows: Int64s,
         sampled: Int64s,
         tokens: NDArray[np.int32],
-        shown: NDArray[np.bool_],
+        stops: NDArray[np.bool_] | None,
         ended: list[Ended],
     ) -> StepOutputs:
         slots = self._scheduler.slots
-        streams = slots.stream[sampled][shown].astype("<i8").tobytes()
-        shown_tokens = tokens[shown].astype("<i4").tobytes()
+        if stops is not None:  # the token that stops an answer is not part of it
+            rows, sampled, tokens = rows[~stops], sampled[~stops], tokens[~stops]
+        streams = slots.stream[sampled].astype("<i8", copy=False).tobytes()
+        shown_tokens = tokens.astype("<i4", copy=False).tobytes()
         if not result.logprobs:
             return StepOutputs(streams=streams, tokens=shown_tokens, ended=ended)
-        wanted = np.flatnonzero(slots.wants_logprobs[sampled][shown])
-        source = rows[shown][wanted]
+        wanted = np.flatnonzero(slots.wants_logprobs[sampled])
+        source = rows[wanted]
         shape = (len(result.tokens) // 4, result.top_k)
         return StepOutputs(
             streams=streams,
@@ -140,16 +150,16 @@ class Completion:
                 continue
             tokens = slots.tokens[slot]
             extend_chain(sequence.hashes, tokens, sequence.request.cache_salt, size, full)
-            pages, keys = sequence.pages[first:full], sequence.hashes[first:full]
             chunks = page_chunks(tokens, size, first, full)
-            for page, key, chunk in zip(pages, keys, chunks, strict=True):
-                register(page, key, chunk)
+            register(sequence.pages[first:full], sequence.hashes[first:full], chunks)
             sequence.registered = full
 
     def _vacate(self, batch: MicroBatch) -> None:
         """Return slots and pages of ended sequences that nothing in flight names any more."""
         scheduler = self._scheduler
         slots = scheduler.slots
+        if slots.num_alive == slots.num_entered:
+            return
         for named in (batch.decode_slots, batch.prefill_slots):
             for slot in named[~slots.alive[named]].tolist():
                 sequence = slots.sequences[slot]

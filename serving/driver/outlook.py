@@ -38,7 +38,7 @@ class Outlook:
         self.step_seconds = step_seconds
         self._slots = slots
         self._pool = pool
-        self._caching = caching
+        self.caching = caching
         self._max_tokens = max_tokens
         self._age = 0
         self.version = 0
@@ -47,13 +47,17 @@ class Outlook:
 
     def look(self, sequence: Sequence) -> None:
         """Find out how much of a sequence the prefix cache holds now. Changes nothing in it."""
-        if not self._caching or sequence.slot >= 0:
+        if not self.caching or sequence.slot >= 0:
             return
         size = self._pool.page_size
         full = (len(sequence.tokens) - 1) // size
         if len(sequence.hashes) < full:
             extend_chain(sequence.hashes, sequence.tokens, sequence.request.cache_salt, size, full)
         sequence.hit_pages = self._pool.covered(sequence.hashes, full, sequence.hit_pages)
+
+    def begun(self) -> list[Sequence]:
+        """Who has a slot and a part of the prefill not planned yet."""
+        return [self._slots[slot] for slot in self._slots.half_done().tolist()]
 
     def left(self, sequence: Sequence) -> tuple[int, int]:
         """Tokens still to prefill, and tokens before them."""

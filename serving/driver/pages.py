@@ -12,6 +12,8 @@ import hashlib
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
+from struct import iter_unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,30 +26,27 @@ def chain_start(salt: str) -> bytes:
     return hashlib.blake2b(salt.encode(), digest_size=16, person=b"lectern-salt").digest()
 
 
-def chain_next(parent: bytes, tokens: bytes) -> bytes:
-    """Key of a page whose tokens are `tokens` (int32 bytes) and whose predecessor is `parent`."""
-    return hashlib.blake2b(parent + tokens, digest_size=16).digest()
-
-
 def extend_chain(
     keys: list[bytes], tokens: NDArray[np.int32], salt: str, page_size: int, num_pages: int
 ) -> None:
-    """Append keys until `keys` covers the first `num_pages` pages of `tokens`."""
+    """Append keys until `keys` covers the first `num_pages` pages of `tokens`.
+
+    The key of a page is the hash of its predecessor's key and its own tokens (int32 bytes).
+    """
     have = len(keys)
     if have >= num_pages:
         return
     parent = keys[-1] if keys else chain_start(salt)
+    blake2b = hashlib.blake2b
     for chunk in page_chunks(tokens, page_size, have, num_pages):
-        parent = chain_next(parent, chunk)
+        parent = blake2b(parent + chunk, digest_size=16).digest()
         keys.append(parent)
 
 
 def page_chunks(tokens: NDArray[np.int32], page_size: int, first: int, end: int) -> Iterator[bytes]:
     """The tokens (int32 bytes) of each of the pages `first` to `end` - 1."""
     data = tokens[first * page_size : end * page_size].tobytes()
-    width = page_size * tokens.itemsize
-    for start in range(0, (end - first) * width, width):
-        yield data[start : start + width]
+    return map(itemgetter(0), iter_unpack(f"{page_size * tokens.itemsize}s", data))
 
 
 class PagePool:
@@ -114,26 +113,38 @@ class PagePool:
     def release(self, pages: Sequence[int]) -> None:
         """Let go of pages, given in sequence order; the tail becomes evictable before the head."""
         holders, findable = self._holders, self._page_of
+        cached, free = self._cached, self._free
         for page in reversed(pages):
-            holders[page] -= 1
-            if holders[page] < 0:
+            left = holders[page] = holders[page] - 1
+            if left > 0:
+                continue
+            if left < 0:
                 raise AssertionError(f"page {page} was released more often than held")
-            if not holders[page]:
-                if findable[page] is not None:
-                    self._cached[page] = None
-                    if self._evict_fifo:
-                        heapq.heappush(self._oldest, (self._registered_at[page], page))
-                else:
-                    self._free.append(page)
+            if findable[page] is None:
+                free.append(page)
+            else:
+                cached[page] = None
+                if self._evict_fifo:
+                    heapq.heappush(self._oldest, (self._registered_at[page], page))
 
-    def register(self, number: int, key: bytes, tokens: bytes) -> None:
-        """Make a full, written page findable. A second page of equal content stays unfindable."""
-        if key in self._registered or self._page_of[number] is not None:
-            return
-        self._registered[key] = self._page_of[number] = Page(number, key, tokens)
-        if self._evict_fifo:
-            self._registered_at[number] = self._registrations
-            self._registrations += 1
+    def register(
+        self, pages: Iterable[int], keys: Iterable[bytes], chunks: Iterable[bytes]
+    ) -> None:
+        """Make full, written pages findable, each by its key and with its tokens (int32 bytes).
+
+        A second page of equal content stays unfindable.
+        """
+        registered, page_of = self._registered, self._page_of
+        for number, key, chunk in zip(pages, keys, chunks, strict=True):
+            if page_of[number] is not None:
+                continue
+            page = Page(number, key, chunk)
+            if registered.setdefault(key, page) is not page:
+                continue
+            page_of[number] = page
+            if self._evict_fifo:
+                self._registered_at[number] = self._registrations
+                self._registrations += 1
 
     def lookup(self, keys: Sequence[bytes], tokens: NDArray[np.int32]) -> list[int]:
         """The longest run of registered pages that starts `tokens`, whose page keys are `keys`.
@@ -169,7 +180,7 @@ class PagePool:
     def num_unused(self, pages: Iterable[int]) -> int:
         """How many of these pages nobody holds, so that holding them makes fewer available."""
         holders = self._holders
-        return sum(1 for page in pages if not holders[page])
+        return [holders[page] for page in pages].count(0)
 
     def held(self) -> list[int]:
         """Pages that hold anything: cached or in use."""
@@ -189,17 +200,16 @@ class PagePool:
 
     def _evict(self, count: int) -> list[int]:
         """Make so many cached pages unfindable, for another use."""
-        cached, page_of, registered = self._cached, self._page_of, self._registered
-        if self._evict_fifo:
-            numbers = [self._first_registered() for _ in range(count)]
-        else:
-            numbers = [cached.popitem(last=False)[0] for _ in range(count)]
-        for number in numbers:
+        page_of, registered, least_recent = self._page_of, self._registered, self._cached.popitem
+        numbers = []
+        for _ in range(count):
+            number = self._first_registered() if self._evict_fifo else least_recent(last=False)[0]
             page = page_of[number]
             if page is None:
                 raise AssertionError(f"page {number} is cached, but nobody can find it")
             page_of[number] = None
             del registered[page.key]
+            numbers.append(number)
         return numbers
 
     def _first_registered(self) -> int:

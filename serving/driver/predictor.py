@@ -45,7 +45,7 @@ class StepFeatures(msgspec.Struct, frozen=True):
                 new += length
                 pairs += length * (end - (length - 1) / 2)
         rows = len(batch.decode_slots)
-        keys = int(slots.planned[batch.decode_slots].sum()) if rows else 0
+        keys = int(np.add.reduce(slots.planned[batch.decode_slots])) if rows else 0
         return cls(new, pairs, rows, keys, len(batch.sampled))
 
 

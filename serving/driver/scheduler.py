@@ -7,10 +7,11 @@ against stages; a simulation may run it against predicted times.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from struct import pack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving.config.engine import EngineConfig
 from serving.core import Admission, MicroBatch, Request, Sequence, StepPlan
@@ -18,7 +19,7 @@ from serving.driver.order import make_order
 from serving.driver.outlook import Outlook, StepSeconds
 from serving.driver.pages import PagePool, extend_chain
 from serving.driver.reserve import Reserve
-from serving.driver.slots import Int64s, SlotTable
+from serving.driver.slots import ONE, Int64s, SlotTable
 from serving.driver.step_clock import StepClock
 from serving.driver.throttle import Load, make_throttle
 from serving.messages import Admitted
@@ -26,9 +27,9 @@ from serving.messages import Admitted
 _NOTHING: Int64s = np.zeros(0, dtype=np.int64)
 
 
-def _packed(numbers: list[int], dtype: str) -> bytes:
-    """As bytes; most of a plan's lists are empty most of the time."""
-    return np.array(numbers, dtype=dtype).tobytes() if numbers else b""
+def _packed(numbers: list[int], code: str) -> bytes:
+    """As little-endian bytes; most of a plan's lists are empty most of the time."""
+    return pack(f"<{len(numbers)}{code}", *numbers) if numbers else b""
 
 
 @dataclass
@@ -98,9 +99,14 @@ class Scheduler:
 
     # ---- arrivals and departures
 
-    def submit(self, request: Request, now: float) -> Sequence:
-        """Queue a request that passed the door: it fits the context and the pages."""
+    def submit(self, request: Request, now: float, page_keys: Iterable[bytes] = ()) -> Sequence:
+        """Queue a request that passed the door: it fits the context and the pages.
+
+        `page_keys` may stand for the hashes of the prompt's full pages, all but a last one that
+        ends with the prompt, if whoever submits knows what prompts have in common.
+        """
         sequence = Sequence(request, np.frombuffer(request.prompt, dtype="<i4"), now)
+        sequence.hashes.extend(page_keys)
         sequence.order_key = self._arrivals
         self._arrivals += 1
         self.streams[request.stream] = sequence
@@ -129,8 +135,7 @@ class Scheduler:
         self.counters.finished[reason] += 1
         self._forget_prefill(sequence)
         if sequence.slot >= 0:
-            self.slots.alive[sequence.slot] = False
-            self.slots.decoding[sequence.slot] = False
+            self.slots.retire(sequence.slot)
             if self.slots.in_flight[sequence.slot] == 0:
                 self.vacate(sequence)
 
@@ -149,7 +154,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return int(np.count_nonzero(self.slots.alive))
+        return self.slots.num_alive
 
     @property
     def num_waiting(self) -> int:
@@ -169,7 +174,7 @@ class Scheduler:
         if not len(ready) and not waiting and not len(self.order):
             return None
         draft = Draft()
-        budget = self.throttle.budget(self._load(len(ready), needs))
+        budget = self.throttle.budget(self._load(len(ready), len(needs)))
         decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         prefills, lengths = self._take_prefills(
             budget.prefill_tokens, self.max_rows - len(decodes), draft, now, decodes
@@ -178,7 +183,7 @@ class Scheduler:
             # Nothing else to do: the stages may as well hold this plan while they wait.
             needs = self.slots.needs_decode()
             ready = self.slots.ready_to_decode(needs)
-            budget = self.throttle.budget(self._load(len(ready), needs))
+            budget = self.throttle.budget(self._load(len(ready), len(needs)))
             decodes = self._take_decodes(ready, min(budget.decode_rows, self.max_rows), draft)
         if not len(decodes) and not prefills:
             if self.in_flight:
@@ -195,7 +200,7 @@ class Scheduler:
                 )
         return self._commit(decodes, prefills, lengths, draft)
 
-    def _ready(self, needs: NDArray[np.bool_]) -> tuple[Int64s, bool]:
+    def _ready(self, needs: Int64s) -> tuple[Int64s, bool]:
         """Of the slots that need decodes, those that may now; whether others should rather wait.
 
         The first stage holds a whole micro-batch back until the tokens of all its rows are there. A
@@ -204,17 +209,19 @@ class Scheduler:
         """
         slots = self.slots
         ready = slots.ready_to_decode(needs)
+        if self.stages == 1:
+            return ready, False  # whoever was planned before was planned a round ago
         back = slots.planned[ready] < slots.known[ready]
         back |= slots.planned_in[ready] <= self._next_number - self.stages
         may = ready[back]
         return may, len(may) < len(ready)
 
-    def _load(self, ready: int, needs: NDArray[np.bool_]) -> Load:
+    def _load(self, ready: int, decoding: int) -> Load:
         reserved = 0
         if self.throttle.keeps_reserve and self._waiting_tokens:
             reserved = self.reserve.needed(*self.reserve.running(self.slots))
         return Load(
-            decoding=int(np.count_nonzero(needs)),
+            decoding=decoding,
             ready=ready,
             waiting_tokens=self._servable_tokens(),
             pages_available=self.pool.num_available,
@@ -238,9 +245,9 @@ class Scheduler:
         chosen = ready[:count]
         slots = self.slots
         lacking = slots.planned[chosen] == slots.num_pages[chosen] * self.page_size
-        if not np.count_nonzero(lacking):
-            return chosen
         needy = [slots[slot] for slot in chosen[lacking].tolist()]
+        if not needy:
+            return chosen
         needy.sort(key=lambda sequence: sequence.order_key)
         skipped: set[int] = set()
         pages = self.pool.allocate(len(needy))
@@ -332,7 +339,7 @@ class Scheduler:
         if not len(self.order):
             return taken, lengths
         # When the next in order cannot enter, nobody behind it may, but who is in goes on.
-        half_done = (slots.alive & ~slots.decoding).nonzero()[0]
+        half_done = slots.half_done()
         entered = len(half_done)
         held = int(slots.num_pages[half_done].sum()) if entered else 0
         clock: StepClock | None = None
@@ -483,8 +490,8 @@ class Scheduler:
         if not len(decodes) and not prefills:
             return None
         slots = self.slots
-        slots.planned[decodes] += 1
-        slots.in_flight[decodes] += 1
+        slots.planned[decodes] += ONE
+        slots.in_flight[decodes] += ONE
         slots.planned_in[decodes] = self._next_number
         chunk_slots = chunk_lengths = _NOTHING
         sampled = decodes
@@ -514,12 +521,12 @@ class Scheduler:
             number=batch.number,
             epoch=self.epoch,
             decode_slots=decodes.astype("<u2").tobytes(),
-            prefill_slots=_packed(prefills, "<u2"),
-            prefill_lens=_packed(lengths, "<u4"),
-            page_slots=_packed(draft.page_slots, "<u2"),
-            page_columns=_packed(draft.page_columns, "<u4"),
-            page_ids=_packed(draft.page_ids, "<u4"),
-            released=_packed(self._released, "<u2"),
+            prefill_slots=_packed(prefills, "H"),
+            prefill_lens=_packed(lengths, "I"),
+            page_slots=_packed(draft.page_slots, "H"),
+            page_columns=_packed(draft.page_columns, "I"),
+            page_ids=_packed(draft.page_ids, "I"),
+            released=_packed(self._released, "H"),
             admitted=draft.admitted,
         )
         self._released.clear()

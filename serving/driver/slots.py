@@ -14,6 +14,9 @@ from serving.core import Sequence
 
 Int64s = NDArray[np.int64]
 
+#: What is added to short arrays at every step: twice as quick as a plain number.
+ONE = np.ones((), dtype=np.int64)
+
 
 class SlotTable:
     """Arrays over `num_slots` slots.
@@ -56,6 +59,7 @@ class SlotTable:
         self.wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
         self.sequences: list[Sequence | None] = [None] * num_slots
         self.free = list(range(num_slots - 1, -1, -1))
+        self.num_alive = 0  # as a count over `alive` would say
 
     def __getitem__(self, slot: int) -> Sequence:
         sequence = self.sequences[slot]
@@ -86,6 +90,7 @@ class SlotTable:
         self.tpot[slot] = np.inf if tpot is None else tpot
         self.decoding_since[slot] = np.inf
         self.alive[slot] = True
+        self.num_alive += 1
         self.decoding[slot] = False
         self.heeds_eos[slot] = not params.ignore_eos
         self.has_stop_ids[slot] = bool(params.stop_token_ids)
@@ -93,26 +98,36 @@ class SlotTable:
         self.wants_logprobs[slot] = params.logprobs is not None
         return slot
 
+    def retire(self, slot: int) -> None:
+        """The slot's sequence ended; it keeps the slot while something in flight names it."""
+        if self.alive[slot]:
+            self.num_alive -= 1
+        self.alive[slot] = False
+        self.decoding[slot] = False
+
     def leave(self, slot: int) -> None:
         """The slot's sequence ended or was preempted, and nothing in flight names it."""
         if self.in_flight[slot] != 0:
             raise AssertionError(f"slot {slot} is still named by a micro-batch in flight")
         self[slot].slot = -1
         self.sequences[slot] = None
-        self.alive[slot] = False
-        self.decoding[slot] = False
+        self.retire(slot)
         self.free.append(slot)
 
     @property
     def num_entered(self) -> int:
         return self.num_slots - len(self.free)
 
-    def needs_decode(self) -> NDArray[np.bool_]:
-        """Slots past prefill that have a token left to sample which is not planned yet."""
-        needs: NDArray[np.bool_] = self.decoding & (self.planned < self.last)
-        return needs
+    def half_done(self) -> Int64s:
+        """Slots of prompts whose prefill is not planned to its end."""
+        return (self.alive & ~self.decoding).nonzero()[0]
 
-    def ready_to_decode(self, needs: NDArray[np.bool_]) -> Int64s:
+    def needs_decode(self) -> Int64s:
+        """Slots past prefill that have a token left to sample which is not planned yet."""
+        decoding = self.decoding.nonzero()[0]
+        return decoding[self.planned[decoding] < self.last[decoding]]
+
+    def ready_to_decode(self, needs: Int64s) -> Int64s:
         """Those of them that wait for at most one unknown token, least recently planned first."""
-        ready = (needs & (self.planned <= self.known)).nonzero()[0]
+        ready = needs[self.planned[needs] <= self.known[needs]]
         return ready[self.planned_in[ready].argsort(kind="stable")]

@@ -39,8 +39,8 @@ class StepClock:
         target = _MARGIN * slots.tpot[decodes]
         done = slots.planned[decodes] - slots.target[decodes]
         allowed = target * (done + 1) - (now - slots.decoding_since[decodes])
-        self.limit = float(np.maximum(allowed, _LATE * target).min()) / stages
-        self._context = int(slots.planned[decodes].sum())
+        self.limit = float(np.minimum.reduce(np.maximum(allowed, _LATE * target))) / stages
+        self._context = int(np.add.reduce(slots.planned[decodes]))
         self._new, self._pairs, self._sampled = 0, 0.0, self._rows
         self._spent: float | None = None
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from struct import iter_unpack, pack
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,40 @@ from serving.errors import ConfigError
 from serving.messages import StageSeconds, StepResult
 from serving.simulation.profile import Profile
 
-_EOS, _WORD = 0, 1
+_EOS_ID = 0
+_EOS, _WORD = pack("<i", _EOS_ID), pack("<i", 1)
 _BEST_EFFORT = Service()
 
 
 @dataclass(frozen=True)
+class BlockChain:
+    """`numbers` (int64) of a prompt's blocks of `size` tokens: any two blocks have the same number
+    if they are equal and so is all before them, and only then.
+    """
+
+    numbers: NDArray[np.int64]
+    size: int
+
+    def page_keys(self, page_size: int, count: int) -> list[bytes]:
+        """Keys of the first `count` pages, as good as the hashes that an engine has to reckon."""
+        if self.size % page_size:
+            return []
+        pages = self.size // page_size
+        keys = np.zeros((count, 2), dtype=np.int64)
+        keys[:, 0] = (self.numbers[:, None] * pages + np.arange(pages)).ravel()[:count]
+        return [key for (key,) in iter_unpack("16s", keys.tobytes())]
+
+
+@dataclass(frozen=True)
 class Arrival:
-    """A request: seconds from the start, prompt ids (int32), tokens of the answer, its targets,
-    and the seconds of its own uncached prefill.
+    """A request: seconds from the start, prompt ids (int32), tokens of the answer, the blocks of
+    the prompt where they are known, its targets, and the seconds of its own uncached prefill.
     """
 
     at: float
     prompt: NDArray[np.int32]
     tokens_out: int
+    chain: BlockChain | None = None
     service: Service = _BEST_EFFORT
     own: float = math.nan
 
@@ -93,7 +115,7 @@ class Pipeline:
         self.profile = profile
         self.layout = layout_of(profile, config)
         self.scheduler = Scheduler(config, num_pages, max_model_len, self._slowest)
-        self._completion = Completion(self.scheduler, [_EOS])
+        self._completion = Completion(self.scheduler, [_EOS_ID])
         self._known_lengths = known_lengths
         self._longest_answer = longest_answer
         self._max_model_len = max_model_len
@@ -130,11 +152,12 @@ class Pipeline:
                 now += self.profile.plan_s
                 self._send(choice[0], now)
             else:
-                coming = [times[arrived]] if arrived < count else []
-                coming += [self._results[0][0]] if self._results else []
-                if not coming:
+                coming = times[arrived] if arrived < count else math.inf
+                if self._results:
+                    coming = min(coming, self._results[0][0])
+                if coming == math.inf:
                     raise AssertionError("work is queued and nothing runs")
-                now = max(now, min(coming))
+                now = max(now, coming)
             while self._results and self._results[0][0] <= now:
                 self._finish(*self._results.popleft())
                 if progress is not None:
@@ -170,7 +193,12 @@ class Pipeline:
             max_tokens=most,
             service=arrival.service,
         )
-        self.scheduler.submit(request, arrival.at)
+        scheduler = self.scheduler
+        keys: list[bytes] = []
+        if scheduler.caching and arrival.chain is not None:
+            full = (len(arrival.prompt) - 1) // scheduler.page_size
+            keys = arrival.chain.page_keys(scheduler.page_size, full)
+        scheduler.submit(request, arrival.at, keys)
 
     def _slowest(self, features: StepFeatures) -> float:
         """Seconds of the slowest stage, as the driver would predict them."""
@@ -185,11 +213,13 @@ class Pipeline:
         """Let a micro-batch go through all stages."""
         profile = self.profile
         features = StepFeatures.of(batch, self.scheduler.slots)
-        reads = int(self._sampled_in[batch.decode_slots].max()) if len(batch.decode_slots) else -1
+        reads = -1
+        if len(batch.decode_slots):
+            reads = int(np.maximum.reduce(self._sampled_in[batch.decode_slots]))
         self._sampled_in[batch.sampled] = batch.number
         told = now + profile.news_s
         there = self._token_at.get(reads, 0.0) + profile.token_return_s
-        step = Step(batch.number, features, self.layout.epoch)
+        step = None if self._on_step is None else Step(batch.number, features, self.layout.epoch)
         last = len(self._free_at) - 1
         tokens = features.new_tokens + features.decode_rows
         for stage, free in enumerate(self._free_at):
@@ -204,8 +234,9 @@ class Pipeline:
             spent.wait_input += began - max(told, free)
             spent.busy += seconds
             ended = self._free_at[stage] = began + seconds
-            step.began.append(began)
-            step.ended.append(ended)
+            if step is not None:
+                step.began.append(began)
+                step.ended.append(ended)
             there = ended + profile.link_s + profile.link_token_s * tokens
         self._token_at[batch.number] = ended
         self._token_at.pop(batch.number - 4 * self.scheduler.depth, None)
@@ -213,18 +244,18 @@ class Pipeline:
         self._steps += 1
         self._decodes += features.decode_rows
         self._prefills += features.new_tokens
-        if self._on_step is not None:
+        if step is not None and self._on_step is not None:
             self._on_step(step)
 
     def _finish(self, at: float, batch: MicroBatch) -> None:
         slots = self.scheduler.slots
         sampled = batch.sampled
-        tokens = np.empty(len(sampled), dtype="<i4")
-        tokens.fill(_WORD)
+        tokens = _WORD * len(sampled)
         if not self._known_lengths:
             written = slots.known[sampled] - slots.prompt_len[sampled]
-            tokens[written >= self._tokens_out[slots.stream[sampled]]] = _EOS
-        result = StepResult(number=batch.number, tokens=tokens.tobytes())
+            over = written >= self._tokens_out[slots.stream[sampled]]
+            tokens = b"".join([_EOS if stops else _WORD for stops in over.tolist()])
+        result = StepResult(number=batch.number, tokens=tokens)
         _, outputs = self._completion.finish(result)
         if len(batch.prefill_slots):  # else nobody's first token is among them
             streams = np.frombuffer(outputs.streams, dtype="<i8")

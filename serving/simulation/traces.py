@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.simulation.pipeline import Arrival
+from serving.simulation.pipeline import Arrival, BlockChain
 from serving.traces import Recorded, Trace
 from serving.traces import read_trace as read
 from serving.traces.agents import text_tokens
@@ -27,7 +27,22 @@ def read_trace(path: Path, seed: int, *, most: int | None = None) -> tuple[list[
 def arrivals(trace: Trace, seed: int) -> list[Arrival]:
     """The same requests with prompts; equal blocks become equal ids, cheaper than random ones."""
     random = np.random.default_rng(seed)
-    return [Arrival(one.at, _prompt(one, random), one.tokens_out) for one in trace.requests]
+    numbers: dict[tuple[int, int], int] = {}
+    return [
+        Arrival(one.at, _prompt(one, random), one.tokens_out, _chain(one, numbers))
+        for one in trace.requests
+    ]
+
+
+def _chain(one: Recorded, numbers: dict[tuple[int, int], int]) -> BlockChain | None:
+    """Blocks renamed to numbers that differ where anything before them did."""
+    if one.prompt is not None or one.text or not one.blocks:
+        return None
+    chain, before = [], -1
+    for block in one.blocks:
+        before = numbers.setdefault((before, block), len(numbers))
+        chain.append(before)
+    return BlockChain(np.array(chain, dtype=np.int64), BLOCK)
 
 
 def _prompt(one: Recorded, random: np.random.Generator) -> NDArray[np.int32]:

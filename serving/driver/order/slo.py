@@ -23,7 +23,7 @@ import heapq
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,23 +35,15 @@ from serving.driver.order.fairness import Deficits
 from serving.driver.outlook import Outlook
 from serving.driver.slots import Int64s
 
+#: Rows of a queue's figures: when the age of a prompt begins, when it is due, and the predicted
+#: seconds of what is left of it, NaN before they are reckoned first.
+_SINCE, _DEADLINE, _SECONDS = range(3)
 #: Prompts whose share of the cache is looked up again for a micro-batch, in turn.
 _LOOKS = 8
 #: While a prompt is served others come, and some go first: it takes so many times as long as alone.
 _CROWD = 1.5
 #: Calls of a program age together as long as none of its gaps is longer, in seconds.
 _PROGRAM_GAP = 600.0
-
-
-@dataclass
-class _Entry:
-    """A prompt in the queue. `since` is when its age begins, `deadline` when it is due."""
-
-    sequence: Sequence
-    since: float
-    deadline: float
-    seconds: float = 0.0
-    version: int = -1
 
 
 @dataclass
@@ -83,8 +75,12 @@ class SloOrder(Order):
         self._share = oldest_share
         self._age = oldest_age
         self.deficits = Deficits(lead)
-        self._entries: list[_Entry] = []  # by arrival
-        self._keys: list[int] = []  # their ranks of arrival
+        # The queue by arrival: ranks of arrival, prompts, and the figures of each; the columns of
+        # `_figures` beyond the queue's length are free.
+        self._keys: list[int] = []
+        self._queue: list[Sequence] = []
+        self._figures = np.zeros((3, 64))
+        self._version = 0  # of the prices in the seconds
         self._credit = 0.0  # prompt tokens that the lane has coming
         self._lane = oldest_share
         self._aged = False  # whether anybody is old enough for the lane
@@ -104,22 +100,28 @@ class SloOrder(Order):
             tokens, before = outlook.left(sequence)
             own = outlook.alone(tokens, before)
             deadline = sequence.arrival + service.ttft.of(sequence.prompt_len, own)
-        entry = _Entry(sequence, self._since(sequence), deadline)
         place = bisect_left(self._keys, sequence.order_key)
         self._keys.insert(place, sequence.order_key)
-        self._entries.insert(place, entry)
+        self._queue.insert(place, sequence)
+        count, figures = len(self._queue), self._figures
+        if count > figures.shape[1]:
+            figures = self._figures = np.concatenate((figures, figures), axis=1)
+        figures[:, place + 1 : count] = figures[:, place : count - 1]
+        figures[:, place] = self._age_begins(sequence), deadline, math.nan
         self.deficits.enter(service.tenant)
 
     def discard(self, sequence: Sequence) -> None:
         place = bisect_left(self._keys, sequence.order_key)
         if place < len(self._keys) and self._keys[place] == sequence.order_key:
-            del self._keys[place], self._entries[place]
+            del self._keys[place], self._queue[place]
+            count, figures = len(self._queue), self._figures
+            figures[:, place:count] = figures[:, place + 1 : count + 1]
             self.deficits.leave(sequence.request.service.tenant)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._queue)
 
-    def _since(self, sequence: Sequence) -> float:
+    def _age_begins(self, sequence: Sequence) -> float:
         """When the age of a sequence begins: with the first call of its program."""
         service = sequence.request.service
         if not service.program:
@@ -157,56 +159,57 @@ class SloOrder(Order):
     # ---- the choice
 
     def ranked(self, now: float) -> Iterator[Sequence]:
-        entries = self._entries
-        if len(entries) < 2:
-            return iter([entry.sequence for entry in entries])
-        return self._ranked(now)
+        return iter(list(self._queue)) if len(self._queue) < 2 else self._ranked(now)
 
     def _ranked(self, now: float) -> Iterator[Sequence]:
         self._refresh()
-        entries, behind = self._entries, []
+        queue, figures, places = self._queue, self._figures, np.arange(len(self._queue))
+        behind: list[Sequence] = []
         ahead = self.deficits.ahead()
         if ahead:
-            behind = [e for e in entries if e.sequence.request.service.tenant in ahead]
-            entries = [e for e in entries if e.sequence.request.service.tenant not in ahead]
+            waits = np.array([one.request.service.tenant in ahead for one in queue])
+            behind = [queue[place] for place in places[waits].tolist()]
+            places = places[~waits]
         self._oldest = None
-        oldest = min(entries, key=lambda entry: entry.since)
-        age = now - oldest.since
+        oldest = int(places[figures[_SINCE, places].argmin()])
+        age = now - float(figures[_SINCE, oldest])
         self._aged = age > self._age
         # The older it is, the larger its share, so that the longest wait stays within bounds.
         self._lane = min(max(self._share, 0.5), self._share * age / max(self._age, 1.0))
         if not self._aged:
             self._credit = 0.0
         elif self._credit > 0:
-            self._oldest = oldest.sequence
-            yield oldest.sequence
-            entries = [entry for entry in entries if entry is not oldest]
-        window = self._window + max(0, len(entries) - self._window) // 2
-        inside = entries[:window]
-        deadlines = np.array([entry.deadline for entry in inside])
-        seconds = _CROWD * np.array([entry.seconds for entry in inside])
+            self._oldest = queue[oldest]
+            yield queue[oldest]
+            places = places[places != oldest]
+        window = self._window + max(0, len(places) - self._window) // 2
+        inside = places[:window]
+        deadlines, seconds = figures[_DEADLINE, inside], _CROWD * figures[_SECONDS, inside]
         for place in in_time_then_shortest(now, deadlines, seconds):
-            yield inside[place].sequence
-        for entry in entries[window:]:
-            yield entry.sequence
+            yield queue[inside[place]]
+        for place in places[window:].tolist():
+            yield queue[place]
         served = self.deficits.served
-        behind.sort(key=lambda entry: served[entry.sequence.request.service.tenant])
-        for entry in behind:
-            yield entry.sequence
+        yield from sorted(behind, key=lambda one: served[one.request.service.tenant])
 
     def _refresh(self) -> None:
         """Reckon again what may have changed: prices, prompts in work, a few hits in turn."""
-        outlook, entries = self._outlook, self._entries
-        version = outlook.version
-        for entry in entries:
-            if entry.version != version or entry.sequence.slot >= 0:
-                entry.seconds = outlook.seconds(entry.sequence)
-                entry.version = version
-        count = len(entries)
+        outlook, queue, count = self._outlook, self._queue, len(self._queue)
+        seconds = self._figures[_SECONDS, :count]
+        if self._version != outlook.version:
+            self._version = outlook.version
+            changed: Iterable[int] = range(count)
+        else:
+            begun = [bisect_left(self._keys, one.order_key) for one in outlook.begun()]
+            changed = [*np.isnan(seconds).nonzero()[0].tolist(), *begun]
+        for place in changed:
+            seconds[place] = outlook.seconds(queue[place])
+        if not outlook.caching:
+            return
         for step in range(min(_LOOKS, count)):
-            entry = entries[(self._turn + step) % count]
-            outlook.look(entry.sequence)
-            entry.seconds = outlook.seconds(entry.sequence)
+            place = (self._turn + step) % count
+            outlook.look(queue[place])
+            seconds[place] = outlook.seconds(queue[place])
         self._turn += _LOOKS
 
 
@@ -218,20 +221,18 @@ def in_time_then_shortest(
     `deadlines` and remaining `seconds` by place; places are ranks of arrival and break ties. No
     other order has more prompts done by their deadlines when they are done one after the other.
     """
-    by_deadline = np.argsort(deadlines, kind="stable")
+    by_deadline = deadlines.argsort(kind="stable")
     targeted = int(np.count_nonzero(deadlines < math.inf))
     chosen, left_out = _most_in_time(now, deadlines, seconds, by_deadline[:targeted])
-    spare = deadlines[chosen] - (now + np.cumsum(seconds[chosen]))
     lengths = seconds[chosen]
+    spare = deadlines[chosen] - (now + lengths.cumsum())
     while len(chosen):
         # Whoever goes first delays those of earlier deadlines by its own time.
-        least = np.minimum.accumulate(spare)
-        may = np.ones(len(chosen), dtype=np.bool_)
-        may[1:] = lengths[1:] <= least[:-1]
-        candidates = np.flatnonzero(may)
-        shortest = lengths[candidates]
-        first = candidates[np.flatnonzero(shortest == shortest.min())]
-        pick = int(first[np.argmin(chosen[first])])
+        least = np.minimum.accumulate(spare[:-1])
+        may = lengths.copy()
+        may[1:][lengths[1:] > least] = math.inf
+        shortest = (may == may[may.argmin()]).nonzero()[0]
+        pick = int(shortest[chosen[shortest].argmin()])
         yield int(chosen[pick])
         spare[:pick] -= lengths[pick]
         keep = np.arange(len(chosen)) != pick
@@ -248,18 +249,23 @@ def _most_in_time(
     by_deadline: Int64s,
 ) -> tuple[Int64s, Int64s]:
     """The most prompts that can all be in time, by deadline, and the others (Moore, Hodgson)."""
-    ends = now + np.cumsum(seconds[by_deadline])
-    if (ends <= deadlines[by_deadline]).all():
-        return by_deadline, by_deadline[:0]
+    hopeless = now + seconds[by_deadline] > deadlines[by_deadline]
+    late = by_deadline[hopeless]
+    if len(late):  # by the rule each would be the longest itself when it is its turn
+        by_deadline = by_deadline[~hopeless]
+    ends = now + seconds[by_deadline].cumsum()
+    if not np.count_nonzero(ends > deadlines[by_deadline]):
+        return by_deadline, late
     longest: list[tuple[float, int]] = []
     out: set[int] = set()
     at = now
-    for place in by_deadline.tolist():
-        heapq.heappush(longest, (-float(seconds[place]), -place))
-        at += float(seconds[place])
-        if at > deadlines[place]:
-            length, number = heapq.heappop(longest)
-            at += length
+    lengths, dues = seconds[by_deadline].tolist(), deadlines[by_deadline].tolist()
+    for place, length, due in zip(by_deadline.tolist(), lengths, dues, strict=True):
+        heapq.heappush(longest, (-length, -place))
+        at += length
+        if at > due:
+            spared, number = heapq.heappop(longest)
+            at += spared
             out.add(-number)
     kept = np.array([place not in out for place in by_deadline.tolist()], dtype=np.bool_)
-    return by_deadline[kept], by_deadline[~kept]
+    return by_deadline[kept], np.concatenate((late, by_deadline[~kept]))

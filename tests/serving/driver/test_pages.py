@@ -13,7 +13,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from serving.driver.pages import PagePool, chain_start, extend_chain
+from serving.driver.pages import PagePool, chain_start, extend_chain, page_chunks
 
 SIZE = 4
 
@@ -25,9 +25,8 @@ def keys_of(tokens: list[int], salt: str = "") -> list[bytes]:
 
 
 def register(pool: PagePool, pages: list[int], tokens: list[int], salt: str = "") -> None:
-    array = np.array(tokens, dtype=np.int32)
-    for index, key in enumerate(keys_of(tokens, salt)):
-        pool.register(pages[index], key, array[index * SIZE : (index + 1) * SIZE].tobytes())
+    keys, array = keys_of(tokens, salt), np.array(tokens, dtype=np.int32)
+    pool.register(pages[: len(keys)], keys, page_chunks(array, SIZE, 0, len(keys)))
 
 
 def look(pool: PagePool, tokens: list[int], salt: str = "") -> list[int]:
@@ -78,7 +77,8 @@ def test_the_chain_ends_at_the_first_difference_and_with_the_salt() -> None:
 def test_a_hit_compares_tokens_not_only_keys() -> None:
     pool = PagePool(2, SIZE)
     pages = taken(pool, 1)
-    pool.register(pages[0], keys_of([1, 2, 3, 4])[0], np.array([5, 6, 7, 8], "<i4").tobytes())
+    other = np.array([5, 6, 7, 8], "<i4").tobytes()
+    pool.register(pages[:1], keys_of([1, 2, 3, 4]), [other])
     assert look(pool, [1, 2, 3, 4]) == []
 
 

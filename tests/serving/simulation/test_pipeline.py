@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from serving.errors import ConfigError
 from serving.simulation.pipeline import Arrival, Outcome, Pipeline, Step, simulated_config
 from serving.simulation.profile import Profile, interpolate
 from serving.simulation.report import summarise
+from serving.simulation.traces import read_trace
 
 
 def flat(**changes: float) -> Profile:
@@ -103,6 +106,23 @@ def test_shared_beginnings_are_found_in_the_cache() -> None:
     outcome = simulate(arrivals, 1, enable_prefix_caching=True)
     assert outcome.cached_tokens == 144
     assert outcome.prefill_tokens == 320 - 144
+
+
+def test_keys_from_a_traces_blocks_are_as_good_as_hashes() -> None:
+    trace = Path(__file__).parents[2] / "data" / "traces" / "mooncake_conversation_500.jsonl"
+    with_keys, shared = read_trace(trace, seed=1, most=60)
+    assert shared
+    assert all(one.chain is not None for one in with_keys)
+
+    def outcome(arrivals: list[Arrival]) -> Outcome:
+        config = simulated_config(1, max_num_batched_tokens=2048, enable_prefix_caching=True)
+        profile = Profile.load("qwen3-8b-h200")
+        return Pipeline(profile, config, num_pages=20000, max_model_len=131072).run(arrivals)
+
+    taken, hashed = outcome(with_keys), outcome([replace(one, chain=None) for one in with_keys])
+    assert taken.cached_tokens == hashed.cached_tokens > 0
+    assert taken.first.tolist() == hashed.first.tolist()
+    assert taken.last.tolist() == hashed.last.tolist()
 
 
 def test_a_stage_may_be_slowed_from_outside() -> None:
