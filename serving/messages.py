@@ -41,10 +41,19 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine can produce tokens."""
+    """The engine can produce tokens, for the first time or again."""
 
     num_pages: int
     max_model_len: int
+
+
+class Recovering(msgspec.Struct, frozen=True, tag="recovering"):
+    """The stages ended, for the reason given, and are started again. Nothing is lost: `requests`
+    sequences that are not finished go on after the next Ready.
+    """
+
+    reason: str
+    requests: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -112,8 +121,9 @@ class StageSeconds(msgspec.Struct, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
-    """A picture of the engine; counters count since its start.
+    """A picture of the engine; counters count since its start, those of `stages` since theirs.
 
+    `restarts` counts how often the stages were started again after one had died.
     `microbatches` lists [decode tokens, prefill tokens] of each micro-batch since the last picture.
     `prediction_errors` is the mean relative error of late predictions of each stage's step time.
     """
@@ -132,9 +142,10 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     microbatches: list[tuple[int, int]] = []
     stages: list[StageSeconds] = []
     prediction_errors: list[float | None] = []
+    restarts: int = 0
 
 
-ToClient = Progress | Ready | Failed | StepOutputs | EngineStats
+ToClient = Progress | Ready | Recovering | Failed | StepOutputs | EngineStats
 
 
 # ---- driver to stage

@@ -63,6 +63,10 @@ class StepTimings:
             self._pending.pop(next(iter(self._pending)))
         self._pending[batch.number] = (StepFeatures.of(batch, slots), len(self.predictors))
 
+    def forget_sent(self) -> None:
+        """The stages are gone: what was sent will not return, and its numbers come again."""
+        self._pending.clear()
+
     def returned(self, batch: MicroBatch, now: float) -> None:
         """The result of a micro-batch came."""
         found = self._pending.get(batch.number)
