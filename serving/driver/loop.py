@@ -68,9 +68,9 @@ class Driver:
         self._was_busy = True
 
     def run(self) -> None:
-        """Start the stages, then serve until told to stop, if need be with new stages.
+        """Start the stages, then serve until told to stop; stages that die are replaced.
 
-        Raises LecternError on any failure but a death of stages that are not dying all the time.
+        Raises LecternError if they cannot start, or die too often.
         """
         self._start()
         while not self._stopping:
@@ -251,8 +251,9 @@ class Driver:
         self.tell(Ready(limits.num_pages, limits.max_model_len))
 
     def _recover(self, death: EngineDeadError) -> None:
-        """Put a new group in the place of one that died, and all that is unfinished back into the
-        queue. Raises LecternError if that cannot be.
+        """Replace the stages and put all that is unfinished back into the queue.
+
+        Raises LecternError if that cannot be, or has been done too often.
         """
         while True:
             self._deaths.note(str(death), time.monotonic())

@@ -111,8 +111,6 @@ class Scheduler:
                 self.vacate(sequence)
             else:
                 self._put_back(sequence)
-        for sequence in self.streams.values():
-            sequence.hit_pages = 0
         self.epoch = warm.epoch
         self._next_number = warm._next_number
         self._released = warm._released
