@@ -122,7 +122,8 @@ def test_a_stream_waits_while_stages_are_replaced(
         whole = client.post("/v1/chat/completions", json=body).json()
         stream = client.stream("POST", "/v1/chat/completions", json={**body, "stream": True})
         with stream as response:
-            lines, source = [], response.iter_lines()
+            lines: list[str] = []
+            source = response.iter_lines()
             while "hello" not in "".join(lines):
                 lines.append(next(source))
             server.call(lambda: server.engine.lose_stages("Stage 1 was killed."))

@@ -168,7 +168,7 @@ class FakeEngine:
     def lose_stages(self) -> None:
         """The stages die with all that is in flight; others have done a short request already."""
         limits = self.scheduler.pool.num_pages, self.scheduler.slots.tokens.shape[1]
-        other = FakeEngine(*limits, **self._settings)
+        other = FakeEngine(*limits, **self._settings)  # type: ignore[arg-type]
         other.submit([0, 0, 0, 0], max_tokens=3, ignore_eos=True)
         other.run_all()
         self.plans.clear()

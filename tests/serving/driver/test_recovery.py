@@ -80,7 +80,7 @@ class Once:
             return self.verdict
 
 
-def behave(monkeypatch: pytest.MonkeyPatch, how: object) -> None:
+def behave(monkeypatch: pytest.MonkeyPatch, how: Callable[..., object]) -> None:
     monkeypatch.setattr(StageThread, "behave", staticmethod(how), raising=False)
 
 
