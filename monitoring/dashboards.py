@@ -94,9 +94,12 @@ ENGINE = (
     ),
     Panel(
         "Restarts",
-        "Restarts of the stage group in the last hour.",
+        "Restarts after a death in the last hour: of the whole engine, and of its stages alone.",
         "short",
-        [(f"sum(increase(lectern_engine_restarts_total{{{_MODEL}}}[1h]))", "restarts")],
+        [
+            (f"sum(increase(lectern_engine_restarts_total{{{_MODEL}}}[1h]))", "engine"),
+            (f"sum(increase(lectern_engine_stage_restarts_total{{{_MODEL}}}[1h]))", "stages"),
+        ],
         "stat",
         4,
         5,

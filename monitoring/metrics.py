@@ -88,7 +88,10 @@ class EngineMetrics:
         self._refused = counter(
             "requests_refused_total", "Requests refused on arrival because too many wait."
         )
-        self._restarts = counter("restarts_total", "Restarts of the stage group after a death.")
+        self._restarts = counter("restarts_total", "Restarts of the whole engine after a death.")
+        self._stage_restarts = counter(
+            "stage_restarts_total", "Restarts of the stages alone; unfinished requests went on."
+        )
         self._ttft = histogram(
             "time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
         )
@@ -140,6 +143,7 @@ class EngineMetrics:
             self._preemptions,
             self._refused,
             self._restarts,
+            self._stage_restarts,
             self._microbatches,
         ):
             total.labels(**self._model)
@@ -167,7 +171,7 @@ class EngineMetrics:
         self._refused.labels(**self._model).inc()
 
     def count_restart(self) -> None:
-        """The stage group was started again: the driver's totals begin at zero."""
+        """The whole engine is started again: the driver's totals begin at zero."""
         self._restarts.labels(**self._model).inc()
         self._last.clear()
 
@@ -211,6 +215,7 @@ class EngineMetrics:
         waiting: int,
         pages: Mapping[str, int],
         preemptions: int,
+        stage_restarts: int,
         microbatches: int,
         microbatch_tokens: Mapping[str, int],
         stage_seconds: Mapping[int, Mapping[str, float]],
@@ -221,6 +226,7 @@ class EngineMetrics:
         for state, count in pages.items():
             self._pages.labels(**self._model, state=state).set(count)
         self._advance(self._preemptions, preemptions, "preemptions")
+        self._advance(self._stage_restarts, stage_restarts, "stage_restarts")
         self._advance(self._microbatches, microbatches, "microbatches")
         for kind, tokens in microbatch_tokens.items():
             self._advance(self._microbatch_tokens, tokens, "tokens", kind=kind)

@@ -150,6 +150,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "admitted",
         "arrival",
         "cached",
         "ended",
@@ -157,7 +158,6 @@ class Sequence:
         "hit_pages",
         "order_key",
         "pages",
-        "preemptions",
         "prompt_len",
         "registered",
         "request",
@@ -167,7 +167,7 @@ class Sequence:
 
     def __init__(self, request: Request, tokens: NDArray[np.int32], arrival: float) -> None:
         self.request = request
-        self.tokens = tokens  # prompt, and after a preemption everything generated so far
+        self.tokens = tokens  # prompt, and everything generated before it was put back
         self.prompt_len = len(tokens)
         self.arrival = arrival
         self.order_key = 0  # rank of arrival, given by the scheduler
@@ -177,7 +177,7 @@ class Sequence:
         self.registered = 0  # of them, how many pages were offered to the prefix cache
         self.cached = 0
         self.hit_pages = 0  # full pages that the cache held when it was last looked at
-        self.preemptions = 0
+        self.admitted = False  # has ever left the queue
         self.ended = False
 
 
@@ -232,7 +232,8 @@ class Admission(msgspec.Struct, kw_only=True, frozen=True, array_like=True):
     """A sequence enters a slot. Stages in the middle get neither tokens nor params.
 
     `computed` tokens are already in the pages that the same plan puts into the page table.
-    `tokens` are int32, little-endian: the prompt, and after a preemption the output so far.
+    `tokens` are int32, little-endian: the prompt, and the output so far of a sequence that was put
+    back.
     """
 
     slot: int

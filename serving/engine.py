@@ -37,6 +37,7 @@ from serving.messages import (
     Progress,
     Ready,
     Rebalance,
+    Recovering,
     Refused,
     StageSteps,
     StepOutputs,
@@ -96,15 +97,17 @@ class Engine:
     """One engine: a driver process and its stages, started and ended together.
 
     All methods belong to the event loop on which `start` ran. `max_model_len` and `num_pages` are
-    known once it is ready. When a process of the group ends by itself, `state` becomes "dead",
-    `reason` is a sentence, and every open `generate` raises EngineDeadError.
+    known once it is ready. When stages end by themselves, `state` is "recovering" and `reason` a
+    sentence until others have taken their place; `generate` only waits meanwhile. When the driver
+    ends, or cannot help itself any more, `state` becomes "dead", and every open `generate` raises
+    EngineDeadError.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         """Use `start`. Raises ModelError or ConfigError for what can be seen without loading."""
         self.config = config
         self.model_config = ModelConfig.from_folder(config.model)
-        self.state: Literal["starting", "ready", "dead"] = "starting"
+        self.state: Literal["starting", "ready", "recovering", "dead"] = "starting"
         self.reason = ""
         self.stats = EngineStats()
         self.max_model_len = 0
@@ -115,6 +118,8 @@ class Engine:
         self.on_move: Callable[[LayersMoved], None] | None = None
         #: Called with what `EngineConfig.record_steps` makes the driver tell.
         self.on_steps: Callable[[StepPlanned | StageSteps], None] | None = None
+        #: Called when stages died and are replaced, and with None when that is done.
+        self.on_recovery: Callable[[Recovering | None], None] | None = None
         self._layout = _layout(config, self.model_config)
         rank_config(self.model_config, config.tensor_parallel_size)
         self._on_progress: Callable[[str], None] | None = None
@@ -376,12 +381,26 @@ class Engine:
                 if self._on_progress is not None:
                     self._on_progress(message.text)
             elif isinstance(message, Ready):
-                self.num_pages, self.max_model_len = message.num_pages, message.max_model_len
-                self.state = "ready"
-                if not self._started.done():
-                    self._started.set_result(None)
+                self._become_ready(message)
+            elif isinstance(message, Recovering):
+                self._recovery("recovering", message)
             elif isinstance(message, Failed):
                 self._die(message.reason, _start_error(message))
+
+    def _become_ready(self, message: Ready) -> None:
+        self.num_pages, self.max_model_len = message.num_pages, message.max_model_len
+        if not self._started.done():
+            self.state = "ready"
+            self._started.set_result(None)
+        else:
+            self._recovery("ready", None)
+
+    def _recovery(self, state: Literal["ready", "recovering"], message: Recovering | None) -> None:
+        if self.state == "dead":
+            return
+        self.state, self.reason = state, message.reason if message is not None else ""
+        if self.on_recovery is not None:
+            self.on_recovery(message)
 
     def _deliver(self, message: StepOutputs) -> None:
         streams = self._streams

@@ -47,10 +47,19 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine can produce tokens."""
+    """The engine can produce tokens, for the first time or again."""
 
     num_pages: int
     max_model_len: int
+
+
+class Recovering(msgspec.Struct, frozen=True, tag="recovering"):
+    """The stages ended, for the reason given, and are started again. Nothing is lost: `requests`
+    sequences that are not finished go on after the next Ready.
+    """
+
+    reason: str
+    requests: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -131,8 +140,9 @@ class LayersMoved(msgspec.Struct, frozen=True, tag="layers_moved"):
 
 
 class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
-    """A picture of the engine; counters count since its start.
+    """A picture of the engine; counters count since its start, those of `stages` since theirs.
 
+    `restarts` counts how often the stages were started again after one had died.
     `microbatches` lists [decode tokens, prefill tokens] of each micro-batch since the last picture.
     `prediction_errors` is the mean relative error of late predictions of each stage's step time,
     `layers` the number of layers of each stage.
@@ -153,6 +163,7 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="stats"):
     stages: list[StageSeconds] = []
     prediction_errors: list[float | None] = []
     layers: list[int] = []
+    restarts: int = 0
 
 
 class StepTime(msgspec.Struct, frozen=True, array_like=True):
@@ -189,7 +200,15 @@ class StageSteps(msgspec.Struct, frozen=True, tag="times"):
 
 
 ToClient = (
-    Progress | Ready | Failed | StepOutputs | LayersMoved | EngineStats | StepPlanned | StageSteps
+    Progress
+    | Ready
+    | Recovering
+    | Failed
+    | StepOutputs
+    | LayersMoved
+    | EngineStats
+    | StepPlanned
+    | StageSteps
 )
 
 

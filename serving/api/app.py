@@ -213,7 +213,7 @@ class Routes:
 
     async def health(self, request: Request) -> Response:
         """200 once a token can be produced; until then NotReadyError."""
-        assert self._service.engine is not None
+        self._service.check_health()
         return _json({"status": "ready", "model": self._service.model.name})
 
     async def version(self, request: Request) -> Response:

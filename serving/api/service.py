@@ -16,7 +16,7 @@ from serving.api.logs import log
 from serving.config.service import Service
 from serving.core import SamplingParams, TokenOutput
 from serving.errors import ConfigError, LecternError, ModelError
-from serving.messages import EngineStats, LayersMoved
+from serving.messages import EngineStats, LayersMoved, Recovering
 from serving.tokenizer import Tokenizer
 
 #: Restarts in a row that may fail before the process gives up.
@@ -31,10 +31,19 @@ class EngineLike(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
     #: Called with every new picture of the driver.
     on_stats: Callable[[EngineStats], None] | None
     #: Called when layers have moved between stages.
     on_move: Callable[[LayersMoved], None] | None
+
+    #: Called when stages died and are replaced, and with None when that is done.
+    on_recovery: Callable[[Recovering | None], None] | None
 
     def generate(
         self,
@@ -90,6 +99,7 @@ class ModelService:
         self._on_failure = on_failure
         self._engine: EngineLike | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._recovering_since: float | None = None
         self._microbatches = 0
         self._microbatch_tokens = {"prefill": 0, "decode": 0}
 
@@ -98,13 +108,14 @@ class ModelService:
         self._engine = await self._start_engine()
         self._engine.on_stats = self.take_stats
         self._engine.on_move = self.take_move
+        self._engine.on_recovery = self._take_recovery
         await self._produce_a_token()
         self._become_ready()
         self._watcher = asyncio.create_task(self._watch())
 
     @property
     def engine(self) -> EngineLike:
-        """The engine, ready. Raises NotReadyError while it is not."""
+        """The engine, which takes requests. Raises NotReadyError while it does not."""
         if self.state == "ready" and self._engine is not None:
             return self._engine
         if self.state == "restarting":
@@ -118,6 +129,15 @@ class ModelService:
                 "engine_starting",
             )
         raise NotReadyError("The engine is stopping.", "engine_stopping")
+
+    def check_health(self) -> None:
+        """Raise NotReadyError unless a token can be produced now. Requests may be taken before."""
+        engine = self.engine
+        if engine.state == "recovering":
+            raise NotReadyError(
+                f"{engine.reason} The stages are being started again; requests wait for them.",
+                "engine_restarting",
+            )
 
     @property
     def stopping(self) -> bool:
@@ -136,13 +156,35 @@ class ModelService:
 
     def _become_ready(self) -> None:
         self.state = "ready"
-        self.metrics.set_up(True)
+        self._show_up()
+
+    def _show_up(self) -> None:
+        assert self._engine is not None
+        self.metrics.set_up(self.state == "ready" and self._engine.state == "ready")
 
     async def _produce_a_token(self) -> None:
         assert self._engine is not None
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         async for _ in self._engine.generate([0], params, request_id="start"):
             pass
+
+    def _take_recovery(self, recovering: Recovering | None) -> None:
+        """The engine's driver replaces stages that died, or has done so."""
+        now = time.monotonic()
+        if self._recovering_since is None:
+            self._recovering_since = now
+        if recovering is not None:
+            log(
+                logging.ERROR,
+                "a stage died and the stages are being restarted",
+                reason=recovering.reason,
+                requests=recovering.requests,
+            )
+        else:
+            took = now - self._recovering_since
+            self._recovering_since = None
+            log(logging.WARNING, "the stages are ready again", seconds=took)
+        self._show_up()
 
     async def _watch(self) -> None:
         assert self._engine is not None
@@ -162,7 +204,7 @@ class ModelService:
         assert self._engine is not None
         for attempt in range(1, MAX_FAILED_RESTARTS + 1):
             try:
-                self._forget_stats()
+                self._forget_driver()
                 self.metrics.count_restart()
                 await self._engine.restart()
                 await self._produce_a_token()
@@ -184,7 +226,8 @@ class ModelService:
             await asyncio.sleep(min(2.0 ** (attempt - 1), 15.0))
         return False
 
-    def _forget_stats(self) -> None:
+    def _forget_driver(self) -> None:
+        self._recovering_since = None
         self._microbatches = 0
         self._microbatch_tokens = {"prefill": 0, "decode": 0}
 
@@ -221,6 +264,7 @@ class ModelService:
                 "used": stats.pages_used,
             },
             preemptions=stats.preemptions,
+            stage_restarts=stats.restarts,
             microbatches=self._microbatches,
             microbatch_tokens=self._microbatch_tokens,
             stage_seconds={

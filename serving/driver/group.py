@@ -7,14 +7,16 @@ ranks of a stage get the same plans. Results come from rank 0 of the last stage 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from serving.config.engine import encode_path
-from serving.core import Admission, StepPlan
+from serving.core import Admission, Layout, StepPlan
 from serving.errors import ConfigError, EngineDeadError, LecternError, ModelError
 from serving.messages import (
     AllocateKv,
@@ -29,7 +31,7 @@ from serving.messages import (
     ToStage,
     socket_address,
 )
-from serving.process import Child, available_cores
+from serving.process import Child, available_cores, remove_group_directory
 
 _QUEUE = 1024  # many times what can be in flight
 _SEND_MS = 10_000
@@ -40,35 +42,43 @@ _SHUTDOWN_SECONDS = 2.0
 class StageGroup:
     """One PUSH socket a worker for plans, one PULL socket for what comes back.
 
-    A death or an error of one worker ends the group: `failure` makes it a sentence.
+    A death or an error of one worker ends the group: `failure` makes it a sentence. Its sockets and
+    meeting places are in a directory of its own, where another group finds nothing of it.
     """
 
-    def __init__(self, spec: DriverSpec, context: zmq.Context[zmq.Socket[bytes]], pid: int) -> None:
-        self._spec = spec
+    def __init__(
+        self,
+        spec: DriverSpec,
+        layout: Layout,
+        context: zmq.Context[zmq.Socket[bytes]],
+        pid: int,
+    ) -> None:
+        self.layout = layout
+        self._directory = tempfile.mkdtemp(prefix="group-", dir=spec.directory)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromStage] = msgspec.msgpack.Decoder(FromStage)
         self.results = context.socket(zmq.PULL)
         self.results.set_hwm(_QUEUE)
-        self.results.bind(socket_address(spec.directory, "results"))
+        self.results.bind(socket_address(self._directory, "results"))
         #: Name of what each stage runs on, and of its numbers; known once all have loaded.
-        self.devices = [""] * spec.layout.num_stages
+        self.devices = [""] * layout.num_stages
         self.dtype = ""
         self._plans = []
         self.children: list[Child] = []
-        self._stages, self._ranks = spec.layout.num_stages, spec.config.tensor_parallel_size
+        self._stages, self._ranks = layout.num_stages, spec.config.tensor_parallel_size
         workers = self._stages * self._ranks
         threads = spec.config.threads or max(1, available_cores() // workers)
         for worker in range(workers):
             socket = context.socket(zmq.PUSH)
             socket.set_hwm(_QUEUE)
-            socket.bind(socket_address(spec.directory, f"plans-{worker}"))
+            socket.bind(socket_address(self._directory, f"plans-{worker}"))
             self._plans.append(socket)
         for worker in range(workers):
             settings = StageSpec(
                 config=spec.config,
-                directory=spec.directory,
+                directory=self._directory,
                 parent_pid=pid,
-                layout=spec.layout,
+                layout=layout,
                 home=spec.layout,
                 stage=worker // self._ranks,
                 rank=worker % self._ranks,
@@ -91,7 +101,7 @@ class StageGroup:
         """
         pages: dict[tuple[int, int], int] = {}
         while len(pages) < len(self.children):
-            for message in self._wait():
+            for message in self.wait():
                 if isinstance(message, StageLoaded):
                     pages[message.stage, message.rank] = message.max_pages
                     self.devices[message.stage] = message.device
@@ -105,14 +115,15 @@ class StageGroup:
         self.send_all(AllocateKv(num_pages, max_model_len))
         started: set[tuple[int, int]] = set()
         while len(started) < len(self.children):
-            started.update((m.stage, m.rank) for m in self._wait() if isinstance(m, StageStarted))
+            started.update((m.stage, m.rank) for m in self.wait() if isinstance(m, StageStarted))
 
-    def _wait(self) -> list[FromStage]:
+    def wait(self, seconds: float | None = None) -> list[FromStage]:
+        """What comes back next, within so many seconds. Raises why the group ended if it did."""
         poller = zmq.Poller()
         poller.register(self.results, zmq.POLLIN)
         for child in self.children:
             poller.register(child, zmq.POLLIN)
-        poller.poll()
+        poller.poll(None if seconds is None else int(seconds * 1000))
         messages = self.receive()
         for message in messages:
             if isinstance(message, StageFailed):
@@ -190,6 +201,7 @@ class StageGroup:
             child.forget()
         for socket in (*self._plans, self.results):
             socket.close(linger=0)
+        remove_group_directory(Path(self._directory))
 
     def _send(self, worker: int, message: ToStage) -> None:
         self._send_bytes(worker, self._encoder.encode(message))

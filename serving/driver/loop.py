@@ -6,16 +6,16 @@ import os
 import time
 
 import msgspec
-import numpy as np
 import zmq
 
-from serving.core import Layout, Request, SamplingParams
+from serving.core import Layout, Request
 from serving.driver.balance import Balancer, Move, stage_costs
 from serving.driver.completion import Completion
 from serving.driver.group import StageGroup
 from serving.driver.limits import resolve_limits
 from serving.driver.migration import Migration
-from serving.driver.scheduler import Counters, Scheduler
+from serving.driver.recovery import Deaths, check_pages, check_progress, warm_up
+from serving.driver.scheduler import Scheduler
 from serving.driver.timings import StepTimings
 from serving.errors import EngineDeadError
 from serving.messages import (
@@ -27,6 +27,7 @@ from serving.messages import (
     Progress,
     Ready,
     Rebalance,
+    Recovering,
     Refused,
     StageFailed,
     StageSeconds,
@@ -44,7 +45,6 @@ from serving.messages import (
 
 _STATS_SECONDS = 0.5
 _BALANCE_SECONDS = 0.1
-_WARM_UP_STREAM = 0
 _MAX_REPORTED_BATCHES = 4096
 
 
@@ -62,9 +62,9 @@ class Driver:
         self._arrivals.connect(socket_address(spec.directory, "driver"))
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToDriver] = msgspec.msgpack.Decoder(ToDriver)
-        self._group = StageGroup(spec, self._context, os.getpid())
+        self._group = StageGroup(spec, spec.layout, self._context, os.getpid())
+        self._deaths = Deaths()
         self._stopping = False
-        self._stages = [StageSeconds() for _ in range(spec.layout.num_stages)]
         self._batches: list[tuple[int, int]] = []
         self._timings = StepTimings(spec.layout)
         # Whether anything depends on how long micro-batches will take.
@@ -85,14 +85,17 @@ class Driver:
         self._was_busy = True
 
     def run(self) -> None:
-        """Start the stages, then serve until told to stop. Raises LecternError on any failure."""
+        """Start the stages, then serve until told to stop; stages that die are replaced.
+
+        Raises LecternError if they cannot start, or die too often.
+        """
         self._start()
         while not self._stopping:
-            self._take_arrivals()
-            self._move_layers()
-            planned = self._send_next_plan()
-            self._take_results(wait=not planned)
-            self._tell_stats()
+            try:
+                self._serve()
+            except EngineDeadError as death:
+                if not self._stopping:
+                    self._recover(death)
 
     def tell(self, message: ToClient) -> None:
         self._client.send(self._encoder.encode(message))
@@ -105,7 +108,15 @@ class Driver:
         self._client.close(linger=1000)
         self._context.term()
 
-    # ---- the loop's parts
+    # ---- the loop and its parts
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            self._take_arrivals()
+            self._move_layers()
+            planned = self._send_next_plan()
+            self._take_results(wait=not planned)
+            self._tell_stats()
 
     def _take_arrivals(self) -> None:
         now = time.monotonic()
@@ -239,27 +250,15 @@ class Driver:
                 self._migration.copied(message)
             elif isinstance(message, StageFailed):
                 raise self._group.failure(message)
-        self._check_progress()
+        check_progress(self._scheduler.in_flight, self._spec.config.step_timeout)
 
     def _wait_for_news(self) -> None:
         timeout = self._spec.config.step_timeout * 1000
         if self._untold:
             timeout = min(timeout, _STATS_SECONDS * 1000)
         events = dict(self._poller.poll(int(timeout)))
-        if any(descriptor in events for descriptor in self._deaths):
+        if any(descriptor in events for descriptor in self._ends):
             raise self._group.failure(None)
-
-    def _check_progress(self) -> None:
-        """A micro-batch that does not come back means that a stage hangs."""
-        flight = self._scheduler.in_flight
-        if not flight:
-            return
-        waited = time.monotonic() - flight[0].sent_at
-        if waited > self._spec.config.step_timeout:
-            raise EngineDeadError(
-                f"A micro-batch has not come back for {waited:.0f} s, so a stage hangs; raise "
-                "--step-timeout if steps may really take that long."
-            )
 
     def _tell_stats(self) -> None:
         """Every half second while anything changes, and at once when the last request ended."""
@@ -293,62 +292,64 @@ class Driver:
                 stages=self._stages,
                 prediction_errors=self._timings.errors,
                 layers=self._migration.layout.counts,
+                restarts=self._deaths.restarts,
             )
         )
         self._batches = []
 
-    # ---- start
+    # ---- start, and start again
 
     def _start(self) -> None:
         spec = self._spec
-        fitting = self._group.wait_loaded(lambda text: self.tell(Progress(text)))
-        limits = resolve_limits(spec.config, fitting, spec.context_length)
-        self.tell(
-            Progress(
-                f"{limits.num_pages} KV pages of {spec.config.page_size} tokens, "
-                f"context of {limits.max_model_len} tokens ({limits.reason})"
-            )
+        fitting = self._group.wait_loaded(self._tell_progress)
+        limits = self._limits = resolve_limits(spec.config, fitting, spec.context_length)
+        self._tell_progress(
+            f"{limits.num_pages} KV pages of {spec.config.page_size} tokens, "
+            f"context of {limits.max_model_len} tokens ({limits.reason})"
         )
         self._measured = (spec.config.name, self._group.devices, self._group.dtype)
         self._timings.load(*self._measured)
-        self._group.wait_started(limits.num_pages, limits.max_model_len)
         self._scheduler = Scheduler(
             spec.config, limits.num_pages, limits.max_model_len, self._timings.slowest
         )
         self._completion = Completion(self._scheduler, spec.eos_token_ids)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Let a group that has loaded make its pages and do one request, then all that wait."""
+        limits, group = self._limits, self._group
+        group.wait_started(limits.num_pages, limits.max_model_len)
+        self._scheduler.begin(warm_up(group, self._spec, limits))
+        self._timings.forget_sent()
+        self._stages = [StageSeconds() for _ in range(group.layout.num_stages)]
         self._poller = zmq.Poller()
         self._poller.register(self._arrivals, zmq.POLLIN)
-        self._poller.register(self._group.results, zmq.POLLIN)
-        for child in self._group.children:
+        self._poller.register(group.results, zmq.POLLIN)
+        for child in group.children:
             self._poller.register(child.fileno(), zmq.POLLIN)
-        self._deaths = {child.fileno() for child in self._group.children}
-        self._warm_up(limits.max_model_len)
+        self._ends = {child.fileno() for child in group.children}
+        self._untold = True
         self.tell(Ready(limits.num_pages, limits.max_model_len))
 
-    def _warm_up(self, max_model_len: int) -> None:
-        """One short request through every stage, prefill and decode, before anybody may ask."""
-        prompt = np.zeros(min(4, max_model_len - 1), dtype="<i4")
-        steps = min(3, max_model_len - len(prompt))
-        request = Request(
-            stream=_WARM_UP_STREAM,
-            prompt=prompt.tobytes(),
-            params=SamplingParams(max_tokens=steps, seed=0, ignore_eos=True),
-            max_tokens=steps,
-            cache_salt="warm-up",
-        )
-        self._scheduler.submit(request, time.monotonic())
-        while self._scheduler.streams or self._scheduler.in_flight:
-            choice = self._scheduler.choose(time.monotonic())
-            if choice is not None:
-                choice[0].sent_at = time.monotonic()
-                self._group.send_plan(choice[1])
-                continue
-            self._wait_for_news()
-            for message in self._group.receive():
-                if isinstance(message, StepResult):
-                    self._completion.finish(message)
-                elif isinstance(message, StageFailed):
-                    raise self._group.failure(message)
-            self._check_progress()
-        self._scheduler.counters = Counters()
-        self._scheduler.admitted = []
+    def _recover(self, death: EngineDeadError) -> None:
+        """Replace the stages and put all that is unfinished back into the queue.
+
+        Raises LecternError if that cannot be, or has been done too often.
+        """
+        while True:
+            self._deaths.note(str(death), time.monotonic())
+            self.tell(Recovering(str(death), len(self._scheduler.streams)))
+            self._group.close(orderly=False)
+            self._migration.forget()
+            layout = self._migration.layout
+            self._group = StageGroup(self._spec, layout, self._context, os.getpid())
+            try:
+                fitting = self._group.wait_loaded(self._tell_progress)
+                check_pages(self._spec.config, fitting, self._limits.num_pages)
+                self._begin()
+                return
+            except EngineDeadError as another:
+                death = another
+
+    def _tell_progress(self, text: str) -> None:
+        self.tell(Progress(text))

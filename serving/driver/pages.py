@@ -187,6 +187,15 @@ class PagePool:
         free = set(self._free)
         return [page for page in range(self.num_pages) if page not in free]
 
+    def forget(self) -> None:
+        """What the pages held is lost: nothing can be found any more. Holders keep their pages."""
+        self._free += self._cached
+        self._cached.clear()
+        self._registered.clear()
+        self._page_of = [None] * self.num_pages
+        self._registered_at.clear()
+        self._oldest.clear()
+
     def check(self) -> None:
         """Assert the invariant free + cached + in use == all."""
         states = np.zeros(self.num_pages, dtype=np.int32)

@@ -97,6 +97,25 @@ class Scheduler:
         self._waiting_tokens = 0
         self._entered_tokens = 0  # of them, those whose sequences hold their pages
 
+    def begin(self, warm: Scheduler) -> None:
+        """Go on with new stages that have run what `warm` had to the end, and nothing else.
+
+        What was in flight is lost, and all KV with it: sequences that hold a slot are computed
+        again from their tokens, like preempted ones.
+        """
+        slots = self.slots
+        self.in_flight.clear()
+        slots.in_flight[:] = 0
+        self.pool.forget()
+        for sequence in [one for one in slots.sequences if one is not None]:
+            if sequence.ended:
+                self.vacate(sequence)
+            else:
+                self._put_back(sequence)
+        self.epoch = warm.epoch
+        self._next_number = warm._next_number
+        self._released = warm._released
+
     # ---- arrivals and departures
 
     def submit(self, request: Request, now: float, page_keys: Iterable[bytes] = ()) -> Sequence:
@@ -298,15 +317,17 @@ class Scheduler:
         return victim if victim is not None and victim.order_key > younger_than else None
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.counters.preemptions += 1
+        self.reserve.note_preemption()
+        self._put_back(sequence)
+
+    def _put_back(self, sequence: Sequence) -> None:
         """Take all pages away; the sequence is computed again from its tokens later."""
         slot = sequence.slot
         slots = self.slots
         self._forget_prefill(sequence)
         sequence.tokens = slots.tokens[slot, : slots.known[slot]].copy()
         sequence.registered = 0
-        sequence.preemptions += 1
-        self.counters.preemptions += 1
-        self.reserve.note_preemption()
         self.vacate(sequence)
         self._waiting_tokens += len(sequence.tokens)
         self.order.push(sequence)
@@ -445,7 +466,8 @@ class Scheduler:
         slot = slots.enter(sequence, cached)
         self._waiting_tokens -= cached
         self._entered_tokens += len(tokens) - cached
-        if sequence.preemptions == 0:
+        if not sequence.admitted:
+            sequence.admitted = True
             sequence.cached = cached
             self.counters.prompt_tokens += len(tokens)
             self.counters.cached_prompt_tokens += cached

@@ -74,6 +74,11 @@ class StepTimings:
         self._pending[batch.number] = (features, len(self.predictors))
         self.window.append(features)
 
+    def forget_sent(self) -> None:
+        """The stages are gone: what was sent will not return, and its numbers come again."""
+        self._pending.clear()
+        self._layouts = deque([(0, self._layouts[-1][1])])
+
     def returned(self, batch: MicroBatch, now: float) -> None:
         """The result of a micro-batch came."""
         found = self._pending.get(batch.number)

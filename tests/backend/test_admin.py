@@ -28,6 +28,7 @@ class Engine:
             waiting=1,
             pages={"free": 90, "cached": 6, "used": 4},
             preemptions=2,
+            stage_restarts=0,
             microbatches=1,
             microbatch_tokens={"prefill": 1, "decode": 1},
             stage_seconds={0: {"busy": busy, "idle": 1.0}, 1: {"busy": 1.0, "wait_input": busy}},

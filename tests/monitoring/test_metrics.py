@@ -22,6 +22,7 @@ def driver_totals(engine: EngineMetrics, preemptions: int, busy: float) -> None:
         waiting=2,
         pages={"free": 5, "cached": 1, "used": 4},
         preemptions=preemptions,
+        stage_restarts=preemptions,
         microbatches=7,
         microbatch_tokens={"prefill": 100, "decode": 20},
         stage_seconds={0: {"busy": busy, "idle": 0.5}},
@@ -97,6 +98,7 @@ def test_driver_totals_grow_and_survive_a_restart_of_the_driver() -> None:
     driver_totals(engine, preemptions=1, busy=0.25)
     text = engine.render()[0].decode()
     assert sample(text, "lectern_engine_preemptions_total") == 4
+    assert sample(text, "lectern_engine_stage_restarts_total") == 4
     assert sample(text, "lectern_engine_stage_seconds_total", stage="0", state="busy") == 2.25
     assert sample(text, "lectern_engine_kv_pages", state="used") == 4
     assert sample(text, "lectern_engine_requests_waiting") == 2

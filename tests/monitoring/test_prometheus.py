@@ -160,6 +160,7 @@ def use(engine: EngineMetrics, backend: BackendMetrics, t: float) -> None:
         waiting=1,
         pages={"free": 2, "cached": 3, "used": 4},
         preemptions=int(t),
+        stage_restarts=int(t),
         microbatches=int(t),
         microbatch_tokens={"prefill": int(t), "decode": int(t)},
         stage_seconds={0: {"busy": t, "wait_input": t, "wait_link": t, "idle": t}},

@@ -27,6 +27,7 @@ from serving.errors import (
     ModelError,
     OverloadedError,
 )
+from serving.messages import Recovering
 from tests.serving.processes import children_of, eventually, gone
 from tests.serving.tiny import make_checkpoint
 
@@ -151,55 +152,174 @@ async def test_leaving_a_stream_ends_the_work_and_returns_the_pages(start: Start
     assert engine.stats.generation_tokens < 400
 
 
+def stages_of() -> list[psutil.Process]:
+    """The stages of the one engine of this process, first to last."""
+    return sorted(children_of(os.getpid(), "serving.stage"), key=lambda process: process.pid)
+
+
+class Load:
+    """Streams of many kinds, and what each gave: tokens, log probabilities, reason.
+
+    Two thirds of them wait for a slot at first; some prompts share their beginnings.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tokens = 0
+        self.some = asyncio.Event()
+
+    async def stream(self, number: int) -> tuple[list[int], list[int], str | None]:
+        prompt = [number % 3 + 1] * 40 + [(7 * number + 3 * place) % 250 for place in range(60)]
+        params = SamplingParams(
+            max_tokens=60 + 5 * number,
+            min_tokens=30,
+            temperature=0.0 if number % 2 else 1.0,
+            seed=number,
+            repetition_penalty=1.2 if number % 3 == 0 else 1.0,
+            frequency_penalty=0.5 if number % 4 == 0 else 0.0,
+            logprobs=2 if number % 5 == 0 else None,
+        )
+        given: list[int] = []
+        logprobs: list[int] = []
+        reason = None
+        async for output in self.engine.generate(prompt, params):
+            given += output.token_ids
+            logprobs += [one.token_id for one in output.logprobs or []]
+            reason = output.finish_reason
+            self.tokens += len(output.token_ids)
+            if self.tokens > 300:
+                self.some.set()
+        assert logprobs == (given if params.logprobs is not None else [])
+        return given, logprobs, reason
+
+    def begin(self) -> asyncio.Future[list[tuple[list[int], list[int], str | None]]]:
+        return asyncio.gather(*(self.stream(number) for number in range(12)))
+
+
+LOAD = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
+
+
 @pytest.mark.parametrize("stage", [0, 1])
-async def test_kill_of_a_stage_is_seen_at_once_and_a_restart_serves_again(
-    start: Start, stage: int
+async def test_streams_go_on_over_the_kill_of_a_stage(start: Start, stage: int) -> None:
+    engine = await start(**LOAD)
+    undisturbed = await Load(engine).begin()
+    await settled(engine, 12)
+    load = Load(engine)
+    running = load.begin()
+    await load.some.wait()
+    before = stages_of()
+    recoveries: list[Recovering | None] = []
+    engine.on_recovery = recoveries.append
+    before[stage].kill()
+    assert await asyncio.wait_for(running, 60) == undisturbed
+    assert engine.state == "ready"
+    assert engine.reason == ""
+    (recovering, done) = recoveries
+    assert recovering is not None
+    assert recovering.reason == f"Stage {stage} was killed by signal 9 (SIGKILL)."
+    assert 4 <= recovering.requests <= 12
+    assert done is None
+    assert gone(before)
+    assert len(stages_of()) == 2
+    await settled(engine, 24)
+    stats = engine.stats
+    assert stats.restarts == 1
+    assert stats.prompt_tokens == 2 * 12 * 100
+    assert stats.finished["abort"] == stats.pages_used == 0
+
+
+async def test_a_kill_during_the_recovery_and_requests_that_come_meanwhile(start: Start) -> None:
+    engine = await start(**LOAD)
+    undisturbed = await Load(engine).begin()
+    alone = await collect(engine.generate([1, 2], greedy(5)))
+    load = Load(engine)
+    running = load.begin()
+    await load.some.wait()
+    told: asyncio.Queue[Recovering | None] = asyncio.Queue()
+    engine.on_recovery = told.put_nowait
+    before = stages_of()
+    before[1].kill()
+    assert await told.get() is not None
+    assert engine.state == "recovering"
+    assert "killed by signal 9" in engine.reason
+    late = asyncio.create_task(collect(engine.generate([1, 2], greedy(5))))
+    left = engine.generate([3, 4], greedy(400))
+    assert (await anext(left)).queued  # type: ignore[call-overload]
+    await left.aclose()  # type: ignore[attr-defined]
+    while not (new := [one for one in stages_of() if one not in before]):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    new[0].kill()
+    assert await told.get() is not None
+    assert await told.get() is None
+    assert await asyncio.wait_for(running, 60) == undisturbed
+    assert [t for o in await late for t in o.token_ids] == [t for o in alone for t in o.token_ids]
+    await settled(engine, 27)
+    assert engine.stats.restarts == 2
+    assert engine.stats.finished["abort"] == 1
+
+
+async def test_close_during_a_recovery_ends_everything(start: Start) -> None:
+    engine = await start()
+    running = asyncio.create_task(collect(engine.generate([1, 2, 3], greedy(480))))
+    told = asyncio.Event()
+    engine.on_recovery = lambda one: told.set()
+    before = stages_of()
+    before[0].kill()
+    await asyncio.wait_for(told.wait(), 20)
+    while not (new := [one for one in stages_of() if one not in before]):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    new[0].send_signal(signal.SIGSTOP)  # it will never have loaded
+    drivers = children_of(os.getpid(), "serving.driver")
+    directory = engine._directory
+    started = time.monotonic()
+    await engine.close()
+    assert time.monotonic() - started < 5
+    with pytest.raises(EngineDeadError, match="closed"):
+        await running
+    assert eventually(lambda: gone([*new, *drivers]))
+    assert not stages_of()
+    assert directory is not None
+    assert not directory.exists()
+
+
+async def test_kill_of_the_driver_ends_stages_and_streams_and_a_restart_serves_again(
+    start: Start,
 ) -> None:
     engine = await start()
     before = await collect(engine.generate([1, 2], greedy(5)))
-    processes = children_of(os.getpid(), "serving.stage")
-    processes += children_of(os.getpid(), "serving.driver")
-    stages = [process for process in processes if "serving.stage" in process.cmdline()]
-    assert len(stages) == 2
-    running = asyncio.create_task(collect(engine.generate([1, 2, 3], greedy(480))))
-    await asyncio.sleep(0.1)
-    killed = time.monotonic()
-    sorted(stages, key=lambda process: process.pid)[stage].kill()
-    with pytest.raises(EngineDeadError, match=r"Stage \d was killed by signal 9"):
-        await asyncio.wait_for(running, 10)
-    assert time.monotonic() - killed < 10
-    assert engine.state == "dead"
-    assert "killed" in await engine.wait_dead()
-    with pytest.raises(EngineDeadError):
-        engine.generate([1], greedy(2))
-    assert eventually(lambda: gone(processes))
-    await engine.restart()
-    assert engine.state == "ready"
-    after = await collect(engine.generate([1, 2], greedy(5)))
-    assert [t for o in after for t in o.token_ids] == [t for o in before for t in o.token_ids]
-
-
-async def test_kill_of_the_driver_ends_stages_and_streams(start: Start) -> None:
-    engine = await start()
-    stages = children_of(os.getpid(), "serving.stage")
+    stages = stages_of()
     (driver,) = children_of(os.getpid(), "serving.driver")
     running = asyncio.create_task(collect(engine.generate([1, 2, 3], greedy(480))))
     await asyncio.sleep(0.1)
     driver.kill()
     with pytest.raises(EngineDeadError, match="driver process was killed by signal 9"):
         await asyncio.wait_for(running, 10)
+    assert engine.state == "dead"
+    assert "killed" in await engine.wait_dead()
+    with pytest.raises(EngineDeadError):
+        engine.generate([1], greedy(2))
     assert eventually(lambda: gone(stages))
+    await engine.restart()
+    assert engine.state == "ready"
+    after = await collect(engine.generate([1, 2], greedy(5)))
+    assert [t for o in after for t in o.token_ids] == [t for o in before for t in o.token_ids]
 
 
-async def test_a_stage_that_hangs_is_found_out(start: Start) -> None:
-    engine = await start(step_timeout=1.0)
-    stages = children_of(os.getpid(), "serving.stage")
-    running = asyncio.create_task(collect(engine.generate([1, 2, 3], greedy(480))))
-    await asyncio.sleep(0.05)
-    stages[0].send_signal(signal.SIGSTOP)
-    with pytest.raises(EngineDeadError, match="a stage hangs"):
-        await asyncio.wait_for(running, 20)
-    assert eventually(lambda: gone(stages))
+@pytest.mark.parametrize("stage", [0, 1])
+async def test_streams_go_on_over_a_stage_that_hangs(start: Start, stage: int) -> None:
+    engine = await start(step_timeout=2.0, **LOAD)
+    undisturbed = await Load(engine).begin()
+    load = Load(engine)
+    running = load.begin()
+    await load.some.wait()
+    before = stages_of()
+    recoveries: list[Recovering | None] = []
+    engine.on_recovery = recoveries.append
+    before[stage].send_signal(signal.SIGSTOP)
+    assert await asyncio.wait_for(running, 60) == undisturbed
+    assert recoveries[0] is not None
+    assert "a stage hangs" in recoveries[0].reason
+    assert gone(before)
 
 
 async def test_close_ends_even_stages_that_hang(start: Start) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from serving import LLM, SamplingParams
-from serving.errors import EngineDeadError
+from serving.messages import Recovering
 from tests.serving.processes import children_of, eventually, gone
 from tests.serving.tiny import greedy_answers, make_checkpoint
 
@@ -126,14 +126,19 @@ def test_two_stages_of_two_ranks_on_two_gpus(tmp_path: Path) -> None:
     _check("qwen3", tmp_path / "qwen3", 2, 2, devices=shared, gpu_memory_utilization=0.4)
 
 
-def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_is_named_and_replaced(tmp_path: Path) -> None:
     _needs(2)
     folder = make_checkpoint(tmp_path / "model", "llama")
     with LLM(
         folder, device="cuda", dtype="float32", tensor_parallel_size=2, kv_memory=1 << 26
     ) as llm:
         workers = children_of(psutil.Process().pid, "serving.stage")
+        greedy = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+        before = llm.generate([1, 2, 3], greedy)[0].outputs[0].token_ids
+        recoveries: list[Recovering | None] = []
+        llm.engine.on_recovery = recoveries.append
         max(workers, key=lambda process: process.pid).kill()
-        with pytest.raises(EngineDeadError, match="Rank 1 of stage 0 was killed by signal 9"):
-            llm.generate([1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True))
-        assert eventually(lambda: gone(workers))
+        assert llm.generate([1, 2, 3], greedy)[0].outputs[0].token_ids == before
+        assert recoveries[0] is not None
+        assert "Rank 1 of stage 0 was killed by signal 9" in recoveries[0].reason
+        assert gone(workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
@@ -14,7 +15,8 @@ from serving.config.engine import EngineConfig
 from serving.core import SamplingParams
 from serving.engine import Engine
 from serving.errors import ConfigError
-from serving.messages import LayersMoved
+from serving.messages import LayersMoved, Recovering
+from tests.serving.processes import children_of
 from tests.serving.tiny import make_checkpoint
 
 Start = Callable[..., Awaitable[Engine]]
@@ -89,6 +91,24 @@ def random_counts(source: random.Random, stages: int) -> list[int]:
     return [end - start for start, end in zip([0, *cuts], [*cuts, LAYERS], strict=True)]
 
 
+Whole = dict[int, tuple[Prompts, list[list[int]]]]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path) -> Whole:
+    """Loads, and what a model in one piece answers."""
+
+    async def ask() -> Whole:
+        config = EngineConfig(model=checkpoint, dtype="float32", num_kv_pages=1000, threads=1)
+        engine = await Engine.start(config)
+        loads = {number: mixed_load(number, 24 if number else 8) for number in (0, 2, 3, 4)}
+        found = {n: (load, await answers(engine, load, gap=0.0)) for n, load in loads.items()}
+        await engine.close()
+        return found
+
+    return asyncio.run(ask())
+
+
 @pytest.mark.parametrize(
     ("stages", "settings"),
     [
@@ -99,13 +119,9 @@ def random_counts(source: random.Random, stages: int) -> list[int]:
     ids=["two", "three with preemption", "four"],
 )
 async def test_moves_at_any_moment_change_no_token(
-    start: Start, stages: int, settings: dict[str, object]
+    start: Start, whole: Whole, stages: int, settings: dict[str, object]
 ) -> None:
-    load = mixed_load(stages, 24)
-    still = await start(pipeline_parallel_size=stages, layer_rebalance="off", **settings)
-    expected = await answers(still, load, gap=0.0)
-    await still.close()
-
+    load, expected = whole[stages]
     engine = await start(pipeline_parallel_size=stages, **settings)
     source = random.Random(stages)
     moves: list[LayersMoved] = []
@@ -125,7 +141,6 @@ async def test_moves_at_any_moment_change_no_token(
     assert len(moves) > 10
     for before, after in pairwise(moves):
         assert after.before == before.counts
-    assert engine.stats.layers == moves[-1].counts
     if stages == 3:
         assert engine.stats.preemptions > 0
     # Prefixes that were computed before moves are found after them.
@@ -142,3 +157,33 @@ async def test_what_stages_do_not_hold_is_refused(start: Start) -> None:
     fixed = await start(layer_rebalance="off")
     with pytest.raises(ConfigError, match="--layer-rebalance off"):
         fixed.move_layers([5, 3])
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("when", ["copying", "switched"])
+async def test_the_kill_of_any_stage_in_a_move_costs_a_pause(
+    start: Start, whole: Whole, when: str, victim: int
+) -> None:
+    """A layer goes from stage 1 to stage 0. While it is copied, stage 0 stands still."""
+    load, expected = whole[0]
+    engine = await start(pipeline_parallel_size=3)
+    stages = children_of(os.getpid(), "serving.stage")
+    stages.sort(key=lambda process: process.pid)
+    told: list[Recovering | None] = []
+    engine.on_recovery = told.append
+    before = engine.layout.counts
+    after = [before[0] + 1, before[1] - 1, before[2]]
+    if when == "switched":
+        engine.on_move = lambda move: stages[victim].kill()
+    running = asyncio.create_task(answers(engine, load, gap=0.0))
+    await asyncio.sleep(0.2)
+    if when == "copying":
+        stages[0].suspend()
+    engine.move_layers(after)
+    if when == "copying":
+        await asyncio.sleep(0.2)
+        stages[victim].kill()
+    assert await asyncio.wait_for(running, 120) == expected
+    assert [one is None for one in told] == [False, True]
+    assert engine.stats.restarts == 1
+    assert engine.stats.layers == (before if when == "copying" else after)

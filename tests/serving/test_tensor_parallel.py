@@ -14,7 +14,8 @@ import torch
 from serving import LLM, SamplingParams
 from serving.config.engine import EngineConfig
 from serving.engine import Engine
-from serving.errors import ConfigError, EngineDeadError
+from serving.errors import ConfigError
+from serving.messages import Recovering
 from tests.serving.processes import children_of, eventually, gone
 from tests.serving.tiny import greedy_answers, make_checkpoint
 
@@ -106,14 +107,7 @@ def test_greedy_output_equals_transformers(name: str, tmp_path: Path) -> None:
     assert eventually(lambda: gone(workers))
 
 
-async def _kill_while_it_answers(engine: Engine, victim: psutil.Process) -> None:
-    params = SamplingParams(max_tokens=400, ignore_eos=True)
-    async for output in engine.generate([1, 2, 3], params):
-        if output.token_ids:
-            victim.kill()
-
-
-async def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+async def test_a_rank_that_is_killed_is_named_and_replaced_with_its_stage(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", "llama")
     engine = await Engine.start(
         EngineConfig(
@@ -126,14 +120,31 @@ async def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
             threads=1,
         )
     )
+    recoveries: list[Recovering | None] = []
+    engine.on_recovery = recoveries.append
+    params = SamplingParams(max_tokens=300, temperature=0.0, ignore_eos=True)
+
+    async def answer(victim: psutil.Process | None) -> list[int]:
+        tokens: list[int] = []
+        async for output in engine.generate([1, 2, 3], params):
+            tokens += output.token_ids
+            if victim is not None and tokens:
+                victim.kill()
+                victim = None
+        return tokens
+
     try:
+        undisturbed = await answer(None)
         workers = children_of(psutil.Process().pid, "serving.stage")
         assert len(workers) == 2
         victim = max(workers, key=lambda process: process.pid)  # started last
-        said = r"^Rank 1 of stage 0 was killed by signal 9 \(SIGKILL\)\.$"
-        with pytest.raises(EngineDeadError, match=said):
-            await _kill_while_it_answers(engine, victim)
-        assert eventually(lambda: gone(workers))
+        assert await answer(victim) == undisturbed
+        assert recoveries == [
+            Recovering("Rank 1 of stage 0 was killed by signal 9 (SIGKILL).", 1),
+            None,
+        ]
+        assert gone(workers)
+        assert len(children_of(psutil.Process().pid, "serving.stage")) == 2
     finally:
         await engine.close()
 

@@ -14,7 +14,7 @@ class Order(ABC):
     """Holds every sequence whose prefill is not planned to its end yet, waiting or running.
 
     The scheduler asks again for every micro-batch, so a policy may change its mind at every chunk.
-    `order_key` is a sequence's rank of arrival and stays its own through preemptions. With
+    `order_key` is a sequence's rank of arrival and stays its own when it is put back. With
     `keeps_targets` the scheduler keeps micro-batches short enough for the decodes in them, and a
     prompt whose beginning is being computed for another one waits for that.
     """
@@ -23,7 +23,7 @@ class Order(ABC):
 
     @abstractmethod
     def push(self, sequence: Sequence) -> None:
-        """A sequence arrived, or was preempted and must be computed again."""
+        """A sequence arrived, or was put back and must be computed again."""
 
     @abstractmethod
     def discard(self, sequence: Sequence) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from serving.config.service import Service
 from serving.core import SamplingParams, TokenLogprobs, TokenOutput
 from serving.errors import EngineDeadError, OverloadedError
-from serving.messages import EngineStats, LayersMoved, StageSeconds
+from serving.messages import EngineStats, LayersMoved, Recovering, StageSeconds
 
 
 @dataclass
@@ -49,6 +49,9 @@ class FakeEngine:
     restart_errors: list[Exception] = field(default_factory=list)
     on_stats: Callable[[EngineStats], None] | None = None
     on_move: Callable[[LayersMoved], None] | None = None
+    on_recovery: Callable[[Recovering | None], None] | None = None
+    state: str = "ready"
+    reason: str = ""
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -112,8 +115,21 @@ class FakeEngine:
             if call.ended == "running":
                 call.ended = "aborted"
 
+    def lose_stages(self, reason: str) -> None:
+        """The stages died; answers wait until `have_stages`."""
+        self.gate.clear()
+        self.state, self.reason = "recovering", reason
+        if self.on_recovery is not None:
+            self.on_recovery(Recovering(reason, self.running))
+
+    def have_stages(self) -> None:
+        self.state, self.reason = "ready", ""
+        if self.on_recovery is not None:
+            self.on_recovery(None)
+        self.gate.set()
+
     def die(self) -> None:
-        """End the group as a killed stage would; every open sequence fails."""
+        """End the group as a killed driver would; every open sequence fails."""
         self.lives += 1
         self.dead.set()
 

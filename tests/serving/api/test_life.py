@@ -13,6 +13,7 @@ import pytest
 from serving.api import generation as generation_module
 from serving.api import service as service_module
 from serving.errors import EngineDeadError, ModelError
+from serving.messages import EngineStats
 from tests.serving.api.server import Server, events, make_service, text_of
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -109,6 +110,77 @@ def test_death_in_mid_stream_is_one_error_event(start: Callable[..., Server]) ->
         assert client.post("/v1/chat/completions", json=ASK).status_code == 200
         text = client.get("/metrics").text
         assert 'lectern_engine_restarts_total{model_name="tiny"} 1.0' in text
+
+
+def test_a_stream_waits_while_stages_are_replaced(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "lectern")
+    server = start(delay=0.005)
+    body = {**ENDLESS, "max_tokens": 60}
+    with server.client() as client:
+        whole = client.post("/v1/chat/completions", json=body).json()
+        stream = client.stream("POST", "/v1/chat/completions", json={**body, "stream": True})
+        with stream as response:
+            lines: list[str] = []
+            source = response.iter_lines()
+            while "hello" not in "".join(lines):
+                lines.append(next(source))
+            server.call(lambda: server.engine.lose_stages("Stage 1 was killed."))
+
+            health = client.get("/health")
+            assert health.status_code == 503
+            assert health.headers["retry-after"]
+            assert health.json()["error"]["code"] == "engine_restarting"
+            assert "Stage 1 was killed." in health.json()["error"]["message"]
+            assert 'lectern_engine_up{model_name="tiny"} 0.0' in client.get("/metrics").text
+            # Another dies before they are back.
+            server.call(lambda: server.engine.lose_stages("Stage 0 was killed."))
+            assert "Stage 0" in client.get("/health").json()["error"]["message"]
+            server.call(server.engine.have_stages)
+            lines += source
+        found = events("\n".join(lines) + "\n")
+        assert found[-1] == "[DONE]"
+        assert text_of(found) == whole["choices"][0]["message"]["content"]
+        assert client.get("/health").status_code == 200
+        server.call(lambda: server.service.take_stats(EngineStats(restarts=2)))
+        text = client.get("/metrics").text
+    assert 'lectern_engine_up{model_name="tiny"} 1.0' in text
+    assert 'lectern_engine_stage_restarts_total{model_name="tiny"} 2.0' in text
+    assert 'lectern_engine_restarts_total{model_name="tiny"} 0.0' in text
+    first, second, last = [
+        one.__dict__["fields"] for one in caplog.records if "fields" in one.__dict__
+    ]
+    assert first == {"reason": "Stage 1 was killed.", "requests": 1}
+    assert second == {"reason": "Stage 0 was killed.", "requests": 1}
+    assert last["seconds"] > 0
+
+
+def test_a_request_that_comes_while_stages_are_replaced_is_served(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    server.call(lambda: server.engine.lose_stages("Stage 1 was killed."))
+
+    async def mend() -> None:
+        while server.engine.running == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        server.engine.have_stages()
+
+    server._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(mend()))
+    with server.client() as client:
+        assert client.post("/v1/chat/completions", json=ASK).status_code == 200
+
+
+def test_the_driver_may_die_while_it_replaces_stages(start: Callable[..., Server]) -> None:
+    server = start()
+    server.call(lambda: server.engine.lose_stages("Stage 1 was killed."))
+    server.call(server.engine.die)
+    server.call(server.engine.have_stages)  # those of the new driver
+    server.until(lambda: server.engine.restarts == 1 and server.service.state == "ready")
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+        assert 'lectern_engine_up{model_name="tiny"} 1.0' in client.get("/metrics").text
 
 
 def test_death_before_the_answer_is_a_503(start: Callable[..., Server]) -> None:

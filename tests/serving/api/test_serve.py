@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +145,54 @@ def test_a_hang_up_frees_all_pages(demo: tuple[Served, str]) -> None:
     assert figures(address)[used] == 0
 
 
-def test_a_killed_stage_ends_the_stream_and_comes_back(demo: tuple[Served, str]) -> None:
-    served, address = demo
+def streamed(address: str, max_tokens: int, after_two: Callable[[], None]) -> list[Any]:
+    """The events of an answer in a stream, of which the first ones have come."""
     body = {
-        "model": MODEL, "prompt": "hello", "ignore_eos": True, "stream": True,
-        "max_tokens": 4000,
+        "model": MODEL, "prompt": "hello", "ignore_eos": True, "stream": True, "temperature": 0,
+        "max_tokens": max_tokens,
     }  # fmt: skip
     lines: list[str] = []
     with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
         for line in response.iter_lines():
             lines.append(line)
             if len(lines) == 2:
-                served.stages()[-1].kill()
-    found = events("\n".join(lines) + "\n")
+                after_two()
+    return events("\n".join(lines) + "\n")
+
+
+def test_a_stream_goes_on_over_a_killed_stage(demo: tuple[Served, str]) -> None:
+    served, address = demo
+    undisturbed = streamed(address, 600, lambda: None)
+    seen: list[int] = []
+
+    def kill() -> None:
+        served.stages()[-1].kill()
+        served.read_until("a stage died and the stages are being restarted reason=.*SIGKILL")
+        seen.append(httpx2.get(f"{address}/health").status_code)
+
+    found = streamed(address, 600, kill)
+    assert found[-1] == "[DONE]"
+    assert text_of(found) == text_of(undisturbed)
+    assert seen == [503]
+    served.read_until("the stages are ready again")
+    assert httpx2.get(f"{address}/health").status_code == 200
+    end = time.monotonic() + 20
+    restarts = f'lectern_engine_stage_restarts_total{{model_name="{MODEL}"}}'
+    while not figures(address)[restarts] and time.monotonic() < end:
+        time.sleep(0.1)
+    assert figures(address)[restarts] == 1
+    assert figures(address)[f'lectern_engine_restarts_total{{model_name="{MODEL}"}}'] == 0
+
+
+def test_a_killed_driver_ends_the_stream_and_comes_back(demo: tuple[Served, str]) -> None:
+    served, address = demo
+
+    def kill() -> None:
+        children = psutil.Process(served.process.pid).children(recursive=True)
+        [driver] = [child for child in children if "serving.driver" in child.cmdline()]
+        driver.kill()
+
+    found = streamed(address, 4000, kill)
     assert found[-1]["error"]["code"] == "engine_restarting"
     assert text_of(found[:-1])
     served.read_until("the engine is ready again")

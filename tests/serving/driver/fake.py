@@ -94,6 +94,7 @@ class FakeEngine:
         **settings: object,
     ) -> None:
         defaults: dict[str, object] = {"page_size": 4, "max_num_seqs": 8}
+        self._settings = settings
         self.config = EngineConfig(model=Path("fake"), **(defaults | settings))  # type: ignore[arg-type]
         self.scheduler = Scheduler(self.config, num_pages, max_model_len, step_seconds)
         self.completion = Completion(self.scheduler, [EOS])
@@ -163,6 +164,17 @@ class FakeEngine:
         for ended in outputs.ended:
             self.reasons[ended.stream] = ended.reason
             self.stop_tokens[ended.stream] = ended.stop_token_id
+
+    def lose_stages(self) -> None:
+        """The stages die with all that is in flight; others have done a short request already."""
+        limits = self.scheduler.pool.num_pages, self.scheduler.slots.tokens.shape[1]
+        other = FakeEngine(*limits, **self._settings)  # type: ignore[arg-type]
+        other.submit([0, 0, 0, 0], max_tokens=3, ignore_eos=True)
+        other.run_all()
+        self.plans.clear()
+        self.named.clear()
+        self.model = other.model
+        self.scheduler.begin(other.scheduler)
 
     def check(self) -> None:
         """Invariants that hold between any two events."""

@@ -16,6 +16,7 @@ from serving.config.engine import EngineConfig, encode_path
 from serving.core import Layout, SamplingParams, StepPlan
 from serving.driver import __main__ as program
 from serving.driver import group, loop, timings
+from serving.driver.recovery import Deaths
 from serving.errors import ConfigError, EngineDeadError, LecternError, ModelError
 from serving.messages import (
     Abort,
@@ -143,6 +144,7 @@ def test_what_would_wait_too_long_is_refused_at_once(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage that hangs keeps the queue as it is; a token is taken to last 0.1 ms at first."""
+    monkeypatch.setattr(Deaths, "most", 0)
     settings = {"max_predicted_ttft": 0.001, "max_num_batched_tokens": 16, "step_timeout": 1.0}
     with Client(directory, **settings) as client:
         client.ready()
@@ -204,7 +206,7 @@ def test_the_failure_of_a_stage_is_a_sentence_whenever_it_comes(
 
 
 @pytest.mark.parametrize("verdict", [StageFailed(0, "dead", "It broke."), "die"])
-def test_a_failure_while_serving_ends_the_driver(
+def test_a_failure_whenever_the_stages_serve_ends_the_driver(
     directory: Path, monkeypatch: pytest.MonkeyPatch, verdict: str | FromStage
 ) -> None:
     with Client(directory) as client:
@@ -227,7 +229,7 @@ def test_one_rank_of_several_is_named(directory: Path, monkeypatch: pytest.Monke
 
 
 def test_a_stage_that_hangs_is_found_out(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "_SHUTDOWN_SECONDS", 0.1)
+    monkeypatch.setattr(Deaths, "most", 0)
     with Client(directory, step_timeout=0.3) as client:
         client.ready()
         behave(monkeypatch, failing(0, StepPlan, "hang"))
@@ -254,7 +256,7 @@ def test_a_stage_that_takes_no_more_plans_is_named(
     monkeypatch.setattr(group, "_SEND_MS", 50)
     behave(monkeypatch, lambda spec, message: "hang")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stages = group.StageGroup(driver_spec(directory), context, 0)
+    stages = group.StageGroup(driver_spec(directory), Layout.even(4, 1), context, 0)
     plan = StepPlan(number=0, page_ids=bytes(1 << 10))
 
     def send_for_ever() -> None:
@@ -272,7 +274,7 @@ def test_a_stage_that_has_gone_is_found_out_by_sending_too(
 ) -> None:
     behave(monkeypatch, lambda spec, message: "exit")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stages = group.StageGroup(driver_spec(directory), context, 0)
+    stages = group.StageGroup(driver_spec(directory), Layout.even(4, 1), context, 0)
     stages.children[0].wait(5)
 
     def send_for_ever() -> None:
@@ -287,7 +289,7 @@ def test_a_stage_that_has_gone_is_found_out_by_sending_too(
 
 def test_a_death_that_nothing_explains_is_a_sentence_too(directory: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stages = group.StageGroup(driver_spec(directory), context, 0)
+    stages = group.StageGroup(driver_spec(directory), Layout.even(4, 1), context, 0)
     assert str(stages.failure(None)) == "A stage failed without saying why."
     stages.close(orderly=False)
     context.term()

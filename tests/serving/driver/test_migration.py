@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.core import Layout, StepPlan
+from serving.core import Layout, SamplingParams, StepPlan
 from serving.driver import group, loop, timings
 from serving.driver.balance import Balancer
 from serving.driver.migration import Migration
@@ -22,11 +23,13 @@ from serving.messages import (
     MoveLayers,
     Rebalance,
     StageSpec,
+    StepOutputs,
     Stop,
     Submit,
     ToStage,
 )
 from serving.process import make_group_directory, remove_group_directory
+from tests.serving.driver.fake import expected_output
 from tests.serving.driver.threads import Client, StageThread
 
 HOME = Layout.of_counts([3, 3, 3])
@@ -170,6 +173,54 @@ def test_the_first_plan_of_a_new_epoch_is_the_same_on_all_stages(
     assert set(epochs) == {0, 1, 2}
     moves = [one for one in seen.messages[0] if isinstance(one, MoveLayers)]
     assert [move.layout.bounds for move in moves] == [[0, 3, 4], [0, 1, 4]]
+
+
+@pytest.mark.parametrize("when", ["copying", "settling", "after"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_in_a_move_leaves_a_whole_layout_and_every_token(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, when: str, victim: int
+) -> None:
+    """Stage 0 gets a layer. It dies, or the one that gives it, before the switch or behind it."""
+    killed = threading.Event()
+
+    def behave(spec: StageSpec, message: ToStage | None) -> str | None:
+        if killed.is_set() or spec.stage != victim:
+            return None
+        copying = isinstance(message, MoveLayers)
+        switched = isinstance(message, StepPlan) and message.epoch == 1
+        if (copying and when == "copying") or (switched and when == "settling"):
+            killed.set()
+            return "die"
+        if switched and message.number > 20 and when == "after":  # type: ignore[union-attr]
+            killed.set()
+            return "die"
+        return None
+
+    monkeypatch.setattr(StageThread, "behave", behave, raising=False)
+    prompts = {stream: [stream, 3, 1, 4, 1, 5] for stream in range(1, 7)}
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    with Client(directory, pipeline_parallel_size=2, layer_rebalance="asked") as client:
+        client.ready()
+        for stream, prompt in prompts.items():
+            client.send(Submit(client.request(stream, prompt, 60)))
+        client.until(lambda one: isinstance(one, StepOutputs) and bool(one.streams))
+        client.send(Rebalance([3, 1]))
+        stats = client.until(
+            lambda one: isinstance(one, EngineStats) and one.finished["length"] == 6
+        )
+        assert isinstance(stats, EngineStats)
+        assert stats.restarts == 1
+        if when != "copying":
+            assert stats.layers == [3, 1]
+        elif victim == 0:  # it cannot have said that it got the pages
+            assert stats.layers == [2, 2]
+        # And layers move again.
+        client.send(Rebalance([1, 3]))
+        assert moved(client).counts == [1, 3]
+        client.send(Stop())
+        assert client.failure() is None
+    for stream, prompt in prompts.items():
+        assert client.tokens[stream] == expected_output(prompt, params)[0]
 
 
 def test_a_slow_stage_loses_layers_by_itself(

@@ -108,6 +108,25 @@ def test_fifo_evicts_what_was_registered_first() -> None:
     pool.check()
 
 
+@pytest.mark.parametrize("fifo", [False, True])
+def test_what_is_forgotten_is_not_found_and_every_page_is_of_use_again(fifo: bool) -> None:
+    pool = PagePool(4, SIZE, evict_fifo=fifo)
+    cached, held = taken(pool, 2), taken(pool, 1)
+    register(pool, cached, list(range(8)))
+    register(pool, held, list(range(100, 104)))
+    pool.release(cached)
+    pool.forget()
+    pool.check()
+    assert (pool.num_free, pool.num_cached, pool.num_used) == (3, 0, 1)
+    assert not look(pool, list(range(8)))
+    pool.release(held)
+    assert pool.num_free == 4
+    again = taken(pool, 4)
+    register(pool, again, list(range(8)))
+    pool.release(again)
+    assert sorted(taken(pool, 4)) == [0, 1, 2, 3]
+
+
 def test_releasing_twice_is_an_error() -> None:
     pool = PagePool(2, SIZE)
     pages = taken(pool, 1)

@@ -235,6 +235,15 @@ def test_times_of_stages_meet_their_micro_batches() -> None:
     assert two.errors[0] == pytest.approx(0, abs=0.02)
 
 
+def test_numbers_that_come_again_do_not_meet_what_was_sent_before() -> None:
+    slots = FakeEngine().scheduler.slots
+    one = timings(1)
+    one.sent(batch(5, [0]), slots)
+    one.forget_sent()
+    one.took(0, [(5, 0.01)])
+    assert one.predictors[0].seen == 0
+
+
 def test_stages_that_report_nothing_take_no_memory() -> None:
     slots = FakeEngine().scheduler.slots
     one = timings(1)

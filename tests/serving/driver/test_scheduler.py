@@ -267,6 +267,45 @@ def test_an_abort_in_the_queue_and_of_the_unknown() -> None:
     assert engine.scheduler.counters.finished["abort"] == 1
 
 
+def test_after_the_death_of_the_stages_everything_is_computed_again_and_told_once() -> None:
+    """A prompt in the middle, decodes in flight, an ended sequence in flight, a queue, an abort."""
+    engine = FakeEngine(pipeline_parallel_size=2, max_num_seqs=4, max_num_batched_tokens=8)
+    ending = engine.submit(prompt_without_eos(3), max_tokens=9)
+    engine.submit(prompt_without_eos(20), max_tokens=20)
+    while len(engine.outputs[ending]) < 2:
+        engine.plan()
+        engine.run_one()
+    engine.submit(list(range(30)), max_tokens=5)
+    waiting = [engine.submit([stream, 2], max_tokens=3) for stream in range(3)]
+    while engine.plan() is not None:
+        pass
+    slots = engine.scheduler.slots
+    engine.scheduler.abort(ending)
+    assert slots.in_flight[0] > 0  # the ended one still has its slot
+    assert slots.sequences[0] is not None
+    told = len(engine.scheduler.admitted)
+    tokens_known = engine.scheduler.counters.generation_tokens
+
+    engine.lose_stages()
+    scheduler = engine.scheduler
+    scheduler.pool.check()
+    assert scheduler.pool.num_free == scheduler.pool.num_pages
+    assert not scheduler.in_flight
+    assert slots.num_entered == scheduler.num_running == 0
+    assert scheduler.num_waiting == len(scheduler.order) == 5
+    engine.scheduler.abort(waiting[1])
+    plan = engine.plan()
+    assert plan is not None
+    assert plan.number == 3  # a short request was before it
+    engine.run_all()
+    engine.check_outputs()
+    assert len(engine.reasons) == 4
+    assert scheduler.counters.preemptions == 0
+    assert scheduler.counters.generation_tokens > tokens_known
+    again = [one.stream for one in scheduler.admitted[told:]]
+    assert set(again) < set(waiting)
+
+
 def test_a_result_out_of_turn_or_of_another_size_is_fatal() -> None:
     engine = FakeEngine(pipeline_parallel_size=2)
     engine.submit(prompt_without_eos(4), max_tokens=4)
@@ -317,6 +356,7 @@ WORK = st.lists(
     policy=st.sampled_from(["classic", "throttle", "steady"]),
     max_batched=st.sampled_from([None, 1, 2]),
     order=st.sampled_from(ORDERS),
+    deaths=st.sampled_from([0, 0, 1, 5]),
     seed=st.integers(0, 10_000),
 )
 def test_any_load_in_any_interleaving(
@@ -330,9 +370,11 @@ def test_any_load_in_any_interleaving(
     policy: str,
     max_batched: int | None,
     order: str,
+    deaths: int,
     seed: int,
 ) -> None:
-    """Arrivals, aborts, plans and results in random order: budgets hold, all finish, all is right.
+    """Arrivals, aborts, plans, results and deaths of the stages in random order: budgets hold, all
+    finish, all is right, and everything is counted and told once.
 
     Work conservation is `run_all`'s assertion: with nothing in flight and work queued, a plan.
     """
@@ -378,6 +420,9 @@ def test_any_load_in_any_interleaving(
                 to_abort.append(stream)
         elif to_abort and event < 0.32:
             engine.scheduler.abort(to_abort.pop())
+        elif deaths and event < 0.37:
+            deaths -= 1
+            engine.lose_stages()
         elif event < 0.7:
             now += 0.02
             plan = engine.plan(now)
@@ -400,6 +445,13 @@ def test_any_load_in_any_interleaving(
     engine.check_outputs()
     aborted = engine.scheduler.counters.finished["abort"]
     assert len(engine.reasons) + aborted == len(work)
+    told = [one.stream for one in engine.scheduler.admitted]
+    assert len(told) == len(set(told))
+    prompts = [len(engine.params[stream][0]) for stream in told]
+    assert engine.scheduler.counters.prompt_tokens == sum(prompts)
+    given = sum(len(output) for output in engine.outputs.values())
+    stops = sum(token is not None for token in engine.stop_tokens.values())
+    assert engine.scheduler.counters.generation_tokens == given + stops
     assert engine.scheduler.pool.num_used == 0
     assert engine.scheduler._waiting_tokens == engine.scheduler._entered_tokens == 0
     assert len(engine.scheduler.order) == 0

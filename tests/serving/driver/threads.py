@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -56,6 +57,10 @@ class StageThread:
     """
 
     behave: Callable[[StageSpec, ToStage | None], str | FromStage | None]
+
+    #: The last micro-batch of each stage, by directory: no stage does one before those in front.
+    _done: ClassVar[dict[tuple[str, int], int]] = {}
+    _news = threading.Condition()
 
     def __init__(self, module: str, settings: bytes, environment: Mapping[str, str]) -> None:
         assert module == "serving.stage"
@@ -150,9 +155,13 @@ class StageThread:
                     layout = coming
                     if gains:
                         send(LayersCopied(stage, rank, layout.epoch, True))
+                self._wait_for_stages_in_front(message.number)
                 if last and rank == 0:
                     send(model.run(message))
                 if rank == 0:
+                    with self._news:
+                        self._done[spec.directory, stage] = message.number
+                        self._news.notify_all()
                     began = float(message.number)
                     steps = [StepTime(message.number, 0.001, began, began + 0.001)]
                     send(StageStats(stage, StageSeconds(busy=0.001 * message.number), steps))
@@ -160,6 +169,14 @@ class StageThread:
                 if self._kill.is_set():
                     return -9
             message = self._decoder.decode(plans.recv())
+
+    def _wait_for_stages_in_front(self, number: int) -> None:
+        spec = self.spec
+        with self._news:
+            while not self._kill.is_set() and any(
+                self._done.get((spec.directory, stage), -1) < number for stage in range(spec.stage)
+            ):
+                self._news.wait(_CHECK_MS / 1000)
 
 
 class Client:
