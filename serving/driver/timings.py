@@ -1,23 +1,15 @@
-"""Matches the stages' step times with what their micro-batches held, and teaches the predictors.
-
-Coefficients are kept between runs in `$LECTERN_HOME/cache/step-times` (or
-`~/.cache/lectern/step-times`), a file for each model, device and number type.
-"""
+"""Matches the stages' step times with what their micro-batches held, and teaches the predictors."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import tempfile
 from collections import deque
-from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from serving.core import Layout, MicroBatch
-from serving.driver.predictor import NUM_HEAD, NUM_LAYER, StagePredictor, StepFeatures
+from serving.driver import kept_times
+from serving.driver.kept_times import KeptTimes
+from serving.driver.predictor import NUM_LAYER, StagePredictor, StepFeatures
 from serving.driver.slots import SlotTable
 from serving.messages import StepTime
 
@@ -27,20 +19,6 @@ _MOST_LEARNT = 64
 _WORTH_KEEPING = 1000  # steps
 _WINDOW = 256
 _LAYOUTS = 16
-
-
-class _Kept(msgspec.Struct, kw_only=True, frozen=True):
-    """Seconds by feature. `model`, `device` and `dtype` are what they were measured with."""
-
-    version: int
-    model: str
-    device: str
-    dtype: str
-    layer: list[float]
-    head: list[float]
-
-
-_VERSION = 1
 
 
 class StepTimings:
@@ -126,7 +104,7 @@ class StepTimings:
         *others, last = zip(self.predictors, devices, strict=True)
         last[0].like = next((one for one, device in others if device == last[1]), None)
         for predictor, device in zip(self.predictors, devices, strict=True):
-            kept = _read(_path(model, device, dtype))
+            kept = kept_times.read(kept_times.path(model, device, dtype))
             if kept is not None:
                 predictor.start_from(np.array([*kept.layer, *kept.head]))
                 any_found = True
@@ -145,56 +123,17 @@ class StepTimings:
             ]
             if not stages:
                 continue
-            path = _path(model, device, dtype)
+            path = kept_times.path(model, device, dtype)
             head = stages[-1].coefficients[NUM_LAYER:].tolist()
-            if not stages[-1].has_head and (before := _read(path)) is not None:
+            if not stages[-1].has_head and (before := kept_times.read(path)) is not None:
                 head = before.head
             best = max(stages, key=lambda predictor: (not predictor.has_head, predictor.seen))
-            kept = _Kept(
-                version=_VERSION,
+            kept = KeptTimes(
                 model=model,
                 device=device,
                 dtype=dtype,
+                layers=self._layouts[-1][1].bounds[-1],
                 layer=best.coefficients[:NUM_LAYER].tolist(),
                 head=head,
             )
-            _write(path, kept)
-
-
-def _path(model: str, device: str, dtype: str) -> Path:
-    key = hashlib.blake2b(repr((model, device, dtype)).encode(), digest_size=6).hexdigest()
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{model}-{device}-{dtype}")[:80]
-    return cache_folder() / f"{readable}-{key}.json"
-
-
-def cache_folder() -> Path:
-    """Where coefficients are kept."""
-    home = os.environ.get("LECTERN_HOME")
-    if home:
-        return Path(home).expanduser() / "cache" / "step-times"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lectern" / "step-times"
-
-
-def _read(path: Path) -> _Kept | None:
-    """What a file holds; None if there is none, or one of another version."""
-    try:
-        kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
-    except (OSError, msgspec.DecodeError):
-        return None
-    numbers = np.array([*kept.layer, *kept.head])
-    fits = len(kept.layer) == NUM_LAYER and len(kept.head) == NUM_HEAD
-    if kept.version != _VERSION or not fits or not np.isfinite(numbers).all() or numbers.min() < 0:
-        return None
-    return kept
-
-
-def _write(path: Path, kept: _Kept) -> None:
-    """Replace the file in one step, so that a reader never sees half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(msgspec.json.encode(kept))
-        os.replace(file.name, path)
-    except OSError:
-        return  # it is learnt again next time
+            kept_times.write(path, kept)

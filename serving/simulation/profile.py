@@ -6,8 +6,11 @@ from bisect import bisect_left
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from serving.driver.predictor import StepFeatures
+from serving.driver import kept_times
+from serving.driver.kept_times import KeptTimes
+from serving.driver.predictor import StepFeatures, head_vector, layer_vector
 from serving.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "profiles"
@@ -52,10 +55,14 @@ class Profile(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
     @classmethod
     def load(cls, name: str) -> Profile:
-        """A profile by name, or from a JSON file. Raises ConfigError."""
+        """A profile by name, or from a JSON file: one like these, or step times that an engine has
+        learnt and kept (`serving/driver/kept_times.py`). Raises ConfigError."""
         path = _FOLDER / f"{name}.json"
         if not path.is_file():
             path = Path(name)
+        learnt = kept_times.read(path)
+        if learnt is not None:
+            return LearntProfile.of(learnt)
         try:
             found = msgspec.json.decode(path.read_bytes(), type=cls)
             if found.layers < 1 or min(len(found.layer_s), len(found.head_s)) < 2:
@@ -67,6 +74,33 @@ class Profile(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
                 f"--profile {name!r} is neither one of {known} nor a profile file ({error}).",
                 "--profile",
             ) from error
+
+
+class LearntProfile(Profile, kw_only=True, frozen=True):
+    """Step times as an engine's predictors learnt them: seconds by feature, of one layer and of the
+    head. What they do not know, links and the driver's work, costs nothing.
+    """
+
+    layer_s: Curve = []
+    head_s: Curve = []
+    decode_key_s: float = 0.0
+    prefill_pair_s: float = 0.0
+    layer: list[float]
+    head: list[float]
+
+    @classmethod
+    def of(cls, kept: KeptTimes) -> LearntProfile:
+        return cls(
+            name=kept.model,
+            source=f"learnt on {kept.device}, {kept.dtype}",
+            layers=kept.layers,
+            layer=kept.layer,
+            head=kept.head,
+        )
+
+    def stage_seconds(self, features: StepFeatures, layers: int, *, last: bool) -> float:
+        seconds = layers * float(np.dot(self.layer, layer_vector(features)))
+        return seconds + (float(np.dot(self.head, head_vector(features))) if last else 0.0)
 
 
 def interpolate(curve: Curve, at: float) -> float:

@@ -15,7 +15,7 @@ import zmq
 from serving.config.engine import EngineConfig, encode_path
 from serving.core import Layout, SamplingParams, StepPlan
 from serving.driver import __main__ as program
-from serving.driver import group, loop, timings
+from serving.driver import group, kept_times, loop
 from serving.driver.recovery import Deaths
 from serving.errors import ConfigError, EngineDeadError, LecternError, ModelError
 from serving.messages import (
@@ -98,7 +98,7 @@ def test_requests_are_served_and_everything_is_told(
         assert len(stats.stages) == len(stats.prediction_errors) == stages
         client.send(Stop())
         assert client.failure() is None
-    assert not timings.cache_folder().exists()
+    assert not kept_times.folder().exists()
 
 
 @pytest.mark.parametrize("record", [True, False])

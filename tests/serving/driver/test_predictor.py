@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.core import Layout, MicroBatch
+from serving.driver import kept_times
 from serving.driver.predictor import (
     NUM_HEAD,
     NUM_LAYER,
@@ -19,7 +20,7 @@ from serving.driver.predictor import (
     non_negative_solution,
     padded,
 )
-from serving.driver.timings import StepTimings, cache_folder
+from serving.driver.timings import StepTimings
 from serving.messages import StepTime
 from tests.serving.driver.fake import FakeEngine
 
@@ -240,8 +241,25 @@ def test_numbers_that_come_again_do_not_meet_what_was_sent_before() -> None:
     one = timings(1)
     one.sent(batch(5, [0]), slots)
     one.forget_sent()
-    one.took(0, [(5, 0.01)])
+    one.took(0, [StepTime(5, 0.01, 0.0, 0.0)])
     assert one.predictors[0].seen == 0
+
+
+def test_a_late_report_is_learnt_with_the_layers_of_its_time() -> None:
+    slots = FakeEngine().scheduler.slots
+    one = StepTimings(Layout.of_counts([4, 4]))
+    seen: list[int | None] = []
+    one.predictors[0].observe = lambda step, seconds, layers=None: seen.append(layers)  # type: ignore[method-assign]
+    for number in (7, 8, 9):
+        one.sent(batch(number, [0]), slots)
+    one.relayout(9, Layout(1, [0, 6, 8]))
+    assert one.predictors[0].layers == 6
+    one.took(0, times([7, 8, 9], 0.01))
+    assert seen == [4, 4, 6]
+    one.forget_sent()  # new stages begin with the last layout, and with new numbers
+    one.sent(batch(3, [0]), slots)
+    one.took(0, times([3], 0.01))
+    assert seen[-1] == 6
 
 
 def test_stages_that_report_nothing_take_no_memory() -> None:
@@ -303,10 +321,10 @@ def test_what_was_learnt_is_there_in_the_next_run(
     first = timings()
     assert not first.load("m/7b", devices, "bfloat16")
     first.save("m/7b", devices, "bfloat16")
-    assert not cache_folder().exists()  # nothing learnt is not worth a file
+    assert not kept_times.folder().exists()  # nothing learnt is not worth a file
     teach(first, 1200)
     first.save("m/7b", devices, "bfloat16")
-    assert len(list(cache_folder().iterdir())) == 1
+    assert len(list(kept_times.folder().iterdir())) == 1
 
     second = timings()
     assert second.load("m/7b", devices, "bfloat16")
@@ -342,9 +360,9 @@ def test_a_device_without_the_head_keeps_what_it_knew_of_one(
     [
         "",
         "{}",
-        '{"version":0,"model":"m","device":"d","dtype":"t","layer":[],"head":[]}',
-        '{"version":1,"model":"m","device":"d","dtype":"t","layer":[1],"head":[1]}',
-        '{"version":1,"model":"m","device":"d","dtype":"t","layer":LAYER,"head":[0,0,-1]}',
+        '{"version":1,"model":"m","device":"d","dtype":"t","layers":4,"layer":LAYER,"head":[0,0,0]}',
+        '{"version":2,"model":"m","device":"d","dtype":"t","layers":4,"layer":[1],"head":[1]}',
+        '{"version":2,"model":"m","device":"d","dtype":"t","layers":4,"layer":LAYER,"head":[0,0,-1]}',
     ],
 )
 def test_a_file_that_says_nothing_is_as_none(
@@ -354,7 +372,7 @@ def test_a_file_that_says_nothing_is_as_none(
     one = timings(1)
     teach(one, 1000)
     one.save("m", ["d"], "t")
-    (path,) = cache_folder().iterdir()
+    (path,) = kept_times.folder().iterdir()
     path.write_text(content.replace("LAYER", str([0.0] * NUM_LAYER)))
     assert not timings(1).load("m", ["d"], "t")
     one.save("m", ["d"], "t")
@@ -371,4 +389,4 @@ def test_a_disk_that_cannot_be_written_costs_only_what_was_learnt(
     one.save("m", ["d"], "t")
     monkeypatch.delenv("LECTERN_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert str(cache_folder()) == f"{tmp_path}/lectern/step-times"
+    assert str(kept_times.folder()) == f"{tmp_path}/lectern/step-times"

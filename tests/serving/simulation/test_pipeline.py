@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving.driver import kept_times
+from serving.driver.predictor import NUM_LAYER, StagePredictor, StepFeatures
 from serving.errors import ConfigError
 from serving.simulation.pipeline import Arrival, Outcome, Pipeline, Step, simulated_config
 from serving.simulation.profile import Profile, interpolate
@@ -208,6 +210,32 @@ def test_profiles_are_readable_and_cost_grows_with_work(name: str) -> None:
     profile = Profile.load(name)
     for curve in (profile.layer_s, profile.head_s):
         assert all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(curve))
+
+
+def test_what_an_engine_learnt_is_a_profile(tmp_path: Path) -> None:
+    predictor = StagePredictor(4, has_head=True)
+    source = np.random.default_rng(2)
+    steps = [
+        StepFeatures(int(new), 50.0 * new, int(rows), int(300 * rows), int(rows) + (new > 0))
+        for new, rows in zip(source.integers(0, 400, 500), source.integers(1, 60, 500), strict=True)
+    ]
+    for step in steps:
+        predictor.observe(step, 1e-3 + 2e-5 * step.new_tokens + 1e-7 * step.decode_context)
+    kept = kept_times.KeptTimes(
+        model="m",
+        device="d",
+        dtype="t",
+        layers=4,
+        layer=predictor.coefficients[:NUM_LAYER].tolist(),
+        head=predictor.coefficients[NUM_LAYER:].tolist(),
+    )
+    kept_times.write(tmp_path / "learnt.json", kept)
+    profile = Profile.load(str(tmp_path / "learnt.json"))
+    assert (profile.name, profile.layers) == ("m", 4)
+    for step in steps[-20:]:
+        found = profile.stage_seconds(step, 4, last=True)
+        assert found == pytest.approx(float(np.dot(predictor.vector(step), predictor.coefficients)))
+        assert profile.stage_seconds(step, 2, last=False) < found / 2 + 1e-12
 
 
 def test_an_unknown_profile_is_one_sentence() -> None:
