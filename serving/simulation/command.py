@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -123,6 +124,13 @@ def simulate(
     longest_answer: Annotated[
         int, typer.Option(help="For --unknown-lengths: max_tokens of every request.")
     ] = 4096,
+    rate: Annotated[
+        float,
+        typer.Option(
+            help="For --trace, instead of --load: so many requests a second on average.",
+            show_default=False,
+        ),
+    ] = 0.0,
     timeline: Annotated[
         str,
         typer.Option(
@@ -184,7 +192,12 @@ def simulate(
         budgets = max_num_batched_tokens or [2048]
         ways = list(product(order or ["fcfs"], schedule_policy or ["auto"], budgets))
         picture = Picture.asked(timeline, timeline_window, max(1, len(load or [])) * len(ways))
-        for load_set in _loads(settings, load or [], trace, mix, requests, seed, budgets[0]):
+        if rate and (load or not trace or not 0 < rate < math.inf):
+            raise ConfigError(
+                f"--rate must be above 0, not {rate}, and belongs to --trace without --load.",
+                "--rate",
+            )
+        for load_set in _loads(settings, load or [], trace, mix, rate, requests, seed, budgets[0]):
             for way, policy, budget in ways:
                 row = _run(settings, load_set, way, policy, budget, seed, picture)
                 _print(row, as_json=as_json, first=first)
@@ -227,6 +240,7 @@ def _loads(
     loads: list[str],
     trace: str,
     mix: str,
+    rate: float,
     requests: int,
     seed: int,
     budget: int,
@@ -250,9 +264,11 @@ def _loads(
             f"No request of {trace} fits into {_room(settings)}.",
             "--max-model-len",
         )
+    if rate:
+        kept = kept.at_rate(rate)
     base = _LoadSet(
         name=whole.name,
-        load="as recorded",
+        load=f"{rate:g} requests a second" if rate else "as recorded",
         arrivals=arrivals(kept, seed),
         uncached=uncached_tokens(kept.requests).tolist(),
         dropped=len(whole.requests) - len(kept.requests),

@@ -129,6 +129,17 @@ def test_long_prompts_are_mixed_in_and_targets_may_be_left_out(
     assert (row["attainment"], row["best_effort"]) == (None, 3)
 
 
+def test_a_recorded_load_at_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [
+        rows(capsys, "--trace", str(RECORDED), "--requests", "60", "--rate", rate)[0]
+        for rate in ("0.5", "2")
+    ]
+    slow, fast = (number(row, "wall_s") for row in found)
+    assert 60 / 0.5 < slow < 60 / 0.5 + 40
+    assert 60 / 2 < fast < 60 / 2 + 40
+    assert found[1]["load"] == "2 requests a second"
+
+
 @pytest.mark.parametrize("stages", [2, 4])
 def test_a_timeline_of_a_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, stages: int
@@ -163,6 +174,9 @@ def test_a_timeline_of_layers_that_move(capsys: pytest.CaptureFixture[str], tmp_
         (("--load", "chat:5:0", "--max-model-len", "5"), "--max-model-len"),
         (("--load", "chat:5:0", "--profile", "none"), "--profile"),
         (("--load", "chat:5:0", "--layer-layout", "a,b"), "--layer-layout"),
+        (("--load", "chat:5:0", "--rate", "2"), "--rate"),
+        (("--trace", str(RECORDED), "--rate", "-1"), "--rate"),
+        (("--trace", str(RECORDED), "--load", "0.5", "--rate", "2"), "--rate"),
         (("--load", "chat:5:0", "--schedule-policy", "best"), "--schedule-policy"),
         (("--load", "chat:5:0", "--layer-rebalance", "always"), "--layer-rebalance"),
         (("--load", "chat:5:0", "--order", "best"), "--order"),
