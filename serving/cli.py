@@ -301,7 +301,7 @@ def serve(
             prefill_floor=prefill_floor,
             max_num_batched_rows=max_num_batched_rows or None,
             layer_layout=parse_layout(layer_layout),
-            layer_rebalance=layer_rebalance,
+            layer_rebalance=parse_rebalance(layer_rebalance, pipeline_parallel_size),
             movable_layers=movable_layers,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
@@ -375,6 +375,20 @@ def parse_layout(text: str) -> list[int] | None:
         raise ConfigError(
             f"--layer-layout must be numbers such as 10,9,9,8, not {text!r}.", "--layer-layout"
         ) from None
+
+
+def parse_rebalance(text: str, stages: int) -> str:
+    """off or auto. Raises ConfigError."""
+    flag = "--layer-rebalance"
+    if text not in ("off", "auto"):
+        raise ConfigError(f"{flag} must be off or auto, not {text!r}.", flag)
+    if text == "auto" and stages < 2:
+        raise ConfigError(
+            f"{flag} auto moves layers between pipeline stages, and there is one; give "
+            "--pipeline-parallel-size 2 or more.",
+            flag,
+        )
+    return text
 
 
 def _home() -> Path:

@@ -258,7 +258,7 @@ class Engine:
             raise ConfigError(
                 f"Layers cannot move from {self._layout.counts} to {counts}: with "
                 f"--layer-rebalance {self.config.layer_rebalance} each bound between two stages "
-                f"may move by {self.config.movable} layers.",
+                f"may move by at most {self.config.movable}.",
                 "--movable-layers",
             )
         self._send(Rebalance(counts))

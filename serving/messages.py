@@ -116,8 +116,8 @@ class StageSeconds(msgspec.Struct, kw_only=True):
     """Where a stage's time went, in seconds since it started.
 
     `busy`: building inputs, running layers, sampling. `wait_input`: has a plan, waits for its
-    activations or tokens. `wait_link`: waits until an earlier send has left the buffer it needs.
-    `idle`: has no plan.
+    activations or tokens, or for KV of layers that came to it. `wait_link`: waits until an earlier
+    send has left the buffer it needs. `idle`: has no plan.
     """
 
     busy: float = 0.0

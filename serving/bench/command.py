@@ -222,7 +222,7 @@ def bench(
     from serving.bench.settings import Settings, TraceSettings
     from serving.bench.targets import BenchError
     from serving.bench.timeline import Picture
-    from serving.cli import fail, parse_devices, parse_layout
+    from serving.cli import fail, parse_devices, parse_layout, parse_rebalance
 
     if seed < 0:
         fail(ConfigError(f"--seed must be at least 0, not {seed}.", "--seed"))
@@ -243,6 +243,7 @@ def bench(
     try:
         wanted.check(loads=bool(load), url=bool(url))
         layout = parse_layout(layer_layout)
+        rebalance = parse_rebalance(layer_rebalance, pipeline_parallel_size)
         if timeline and (url or goodput):
             other = "--url" if url else "--goodput"
             raise ConfigError(
@@ -283,7 +284,7 @@ def bench(
             "prefill_floor": prefill_floor,
             "max_num_batched_rows": max_num_batched_rows or None,
             "layer_layout": layout,
-            "layer_rebalance": layer_rebalance,
+            "layer_rebalance": rebalance,
             "movable_layers": movable_layers,
             "threads": threads or None,
             "record_steps": picture is not None,

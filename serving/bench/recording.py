@@ -29,6 +29,12 @@ class Recording:
             self._steps[message.stage].update((step.number, step) for step in message.steps)
             self._news.set()
 
+    def forget(self) -> None:
+        """The stages are other ones, and numbers come again."""
+        self._planned.clear()
+        for steps in self._steps:
+            steps.clear()
+
     async def batches(self, since: float) -> list[Batch]:
         """The micro-batches that began after `since`, once every stage has reported all planned
         ones. Raises EngineDeadError if that does not come.

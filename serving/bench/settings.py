@@ -118,8 +118,23 @@ def kv_memory(
         pages = max(pages, sum(sizes[:most]))
     dtype = model.dtype if settings.engine["dtype"] == "auto" else settings.engine["dtype"]
     item = 4 if dtype == "float32" else 2
-    row = 2 * model.num_kv_heads * model.head_dim * model.num_layers * item
+    row = 2 * model.num_kv_heads * model.head_dim * _layers_with_kv(settings, model) * item
     return max(64 << 20, min(pages * page * row * 11 // 10, memory_available() // 2))
+
+
+def _layers_with_kv(settings: Settings, model: ModelConfig) -> int:
+    """Those of all stages, where layers may move with those that may come."""
+    from serving.config.engine import EngineConfig
+    from serving.core import Layout
+
+    config = EngineConfig(model=model.folder, **settings.engine)
+    stages = config.pipeline_parallel_size
+    if stages > model.num_layers:
+        return model.num_layers  # refused at start
+    home = Layout.even(model.num_layers, stages)
+    if config.layer_layout is not None:
+        home = Layout.of_counts(config.layer_layout)
+    return sum(len(home.resident(stage, config.movable)) for stage in range(stages))
 
 
 def circumstances(settings: Settings) -> dict[str, Any]:

@@ -105,6 +105,7 @@ class InProcess(Target):
         engine.on_steps = self._recording.take
         self._layouts = {engine.layout.epoch: engine.layout.counts}
         engine.on_move = self._note_move
+        engine.on_recovery = lambda news: self._recording.forget()
 
     @classmethod
     async def start(cls, config: EngineConfig, progress: Callable[[str], None]) -> InProcess:

@@ -102,6 +102,10 @@ class Picture:
             )
         if not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"The folder of --timeline {path} does not exist.", "--timeline")
+        if Path(path).is_dir():
+            raise ConfigError(
+                f"--timeline {path} is a folder; give the name of a file.", "--timeline"
+            )
         return cls(Path(path), Window.parse(window))
 
     def write(

@@ -130,7 +130,8 @@ class Balancer:
     candidate must have promised it for `patience` seconds, and what is won until the next move is
     expected must be `times_cost` times what moving costs. Moves are at least `dwell` seconds apart;
     one that goes back on the last doubles that, so that a load that changes faster than it pays to
-    follow is followed less and less.
+    follow is followed less and less. Who has not been asked for `memory` seconds begins anew: while
+    there is no load nothing is promised.
     """
 
     margin = 0.03
@@ -138,6 +139,7 @@ class Balancer:
     dwell = 2.0
     longest_dwell = 120.0
     times_cost = 2.0
+    memory = 5.0
 
     def __init__(
         self,
@@ -155,14 +157,16 @@ class Balancer:
         self._moved_at: float | None = None
         self._before_last: list[int] | None = None
         self._candidate: list[int] | None = None
-        self._since = 0.0
+        self._since = self._asked = 0.0
 
     def decide(self, now: float, costs: Sequence[StageCost], error: float | None) -> Move | None:
         """A move that is worth it at `now` (seconds), or None. `error` is that of the predictions;
         None, nothing known yet, moves nothing.
         """
-        if error is None:
+        asked, self._asked = self._asked, now
+        if error is None or now - asked > self.memory:
             self._candidate = None
+        if error is None:
             return None
         current = self.layout.counts
         best = best_counts(costs, self._windows)

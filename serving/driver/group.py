@@ -179,7 +179,8 @@ class StageGroup:
                 return EngineDeadError(f"{self._name(worker)} {child.how_it_ended()}.")
         for report in reports:
             worker = report.stage * self._ranks + report.rank
-            return EngineDeadError(f"{self._name(worker)} failed: {report.message}")
+            what = report.message.rstrip(".")
+            return EngineDeadError(f"{self._name(worker)} failed: {what}.")
         for worker, child in enumerate(self.children):
             if child.has_ended():
                 return EngineDeadError(f"{self._name(worker)} {child.how_it_ended()}.")

@@ -44,7 +44,7 @@ from serving.messages import (
 )
 
 _STATS_SECONDS = 0.5
-_BALANCE_SECONDS = 0.1
+_BALANCE_SECONDS = 0.25
 _MAX_REPORTED_BATCHES = 4096
 
 
@@ -160,11 +160,12 @@ class Driver:
         if migration.idle:
             self._begin_move(now)
             return
-        before, layout = migration.layout, migration.switch()
+        number = self._scheduler.next_number
+        before, layout = migration.layout, migration.switch(number)
         if layout is None:
             return
         self._scheduler.epoch = layout.epoch
-        self._timings.relayout(self._scheduler.next_number, layout)
+        self._timings.relayout(number, layout)
         self._untold = True
         slowest, why = self._move_reason
         self.tell(
@@ -181,7 +182,7 @@ class Driver:
     def _begin_move(self, now: float) -> None:
         migration = self._migration
         layout, self._asked = self._asked, None
-        slowest, why = None, "asked for"
+        slowest, why = None, ""
         if layout is None:
             move = self._worthwhile_move(now)
             if move is None:
@@ -189,9 +190,11 @@ class Driver:
             layout, slowest, why = move.layout, move.slowest, move.sentence()
         if layout.bounds == migration.layout.bounds:
             return
+        why = why or f"layers move to {layout.counts}, as was asked for"
         self._move_reason = slowest, why
         held = self._scheduler.pool.held()
-        self._group.send_all(migration.begin(layout, held, now))
+        number = self._scheduler.next_number
+        self._group.send_all(migration.begin(layout, held, number, now))
 
     def _worthwhile_move(self, now: float) -> Move | None:
         balancer, timings = self._balancer, self._timings

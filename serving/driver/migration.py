@@ -30,6 +30,8 @@ class Migration:
         self.windows = home.windows(movable)
         self._ranks = ranks
         self._target: Layout | None = None
+        self._epoch = home.epoch  # of the move that is or was made last
+        self._first = 0
         #: When the last move began.
         self.decided = 0.0
         self._copying: set[tuple[int, int]] = set()
@@ -45,11 +47,13 @@ class Migration:
             bound in window for bound, window in zip(layout.bounds, self.windows, strict=True)
         )
 
-    def begin(self, layout: Layout, held: Iterable[int], now: float) -> MoveLayers:
-        """Start a move to other bounds; `held` are the pages that hold anything. Only when idle."""
+    def begin(self, layout: Layout, held: Iterable[int], first: int, now: float) -> MoveLayers:
+        """Start a move to other bounds; `held` are the pages that hold anything, `first` is the
+        number of the next plan. Only when idle."""
         if not self.idle or not self.allows(layout) or layout.bounds == self.layout.bounds:
             raise AssertionError(f"layers cannot move to {layout.bounds} now")
-        self._target = Layout(self.layout.epoch + 1, layout.bounds)
+        self._epoch = self.layout.epoch + 1
+        self._target = Layout(self._epoch, layout.bounds)
         self.decided = now
         getting = {
             (stage, rank)
@@ -58,18 +62,24 @@ class Migration:
             for rank in range(self._ranks)
         }
         self._copying, self._settling = set(getting), getting
+        self._first = first
         return MoveLayers(self._target, np.fromiter(held, dtype="<u4").tobytes())
 
     def copied(self, message: LayersCopied) -> None:
         """News of a rank that gets layers."""
+        if message.epoch != self._epoch:
+            return  # it settled before: nothing was planned in that move
         who = (message.stage, message.rank)
         (self._settling if message.settled else self._copying).discard(who)
 
-    def switch(self) -> Layout | None:
-        """The new layout, once, as soon as it may be: the next plan must be of its epoch."""
+    def switch(self, first: int) -> Layout | None:
+        """The new layout, once, as soon as it may be: the next plan, which is number `first`, must
+        be of its epoch."""
         if self._target is None or self._copying:
             return None
         self.layout, self._target = self._target, None
+        if first == self._first:  # nothing was written in the meantime
+            self._settling.clear()
         return self.layout
 
     def forget(self) -> None:

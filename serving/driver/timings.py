@@ -93,8 +93,11 @@ class StepTimings:
             predictor.layers = len(layout.layers(stage))
 
     def _layout_of(self, number: int) -> Layout:
-        """The layout of a micro-batch; reports come late, but not by several moves."""
-        return next(layout for first, layout in reversed(self._layouts) if first <= number)
+        """The layout of a micro-batch, or the oldest that is remembered."""
+        for first, layout in reversed(self._layouts):
+            if first <= number:
+                return layout
+        return self._layouts[0][1]
 
     # ---- between runs
 

@@ -351,7 +351,7 @@ def _run(
     seed: int,
     picture: Picture | None = None,
 ) -> dict[str, Any]:
-    from serving.cli import parse_layout
+    from serving.cli import parse_layout, parse_rebalance
     from serving.config.service import parse_tpot, parse_ttft
     from serving.simulation.pipeline import Pipeline, simulated_config
     from serving.simulation.profile import Profile
@@ -370,12 +370,8 @@ def _run(
         layer_layout=parse_layout(settings.layout),
         **settings.engine,
     )
-    if settings.rebalance not in ("off", "auto"):
-        raise ConfigError(
-            f"--layer-rebalance must be off or auto, not {settings.rebalance!r}.",
-            "--layer-rebalance",
-        )
-    rebalancing = Rebalancing() if settings.rebalance == "auto" else None
+    moves = parse_rebalance(settings.rebalance, settings.stages) == "auto"
+    rebalancing = Rebalancing() if moves else None
     steps: list[Step] = []
 
     def on_step(step: Step) -> None:

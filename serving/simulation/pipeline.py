@@ -268,7 +268,11 @@ class Pipeline:
 
 def layout_of(profile: Profile, config: EngineConfig) -> Layout:
     counts, stages = config.layer_layout, config.pipeline_parallel_size
-    if stages > profile.layers or (counts is not None and sum(counts) != profile.layers):
+    if stages > profile.layers:
+        raise ConfigError(
+            f"{profile.name} has only {profile.layers} layers for {stages} stages.", "--stages"
+        )
+    if counts is not None and sum(counts) != profile.layers:
         raise ConfigError(
             f"--layer-layout must share out the {profile.layers} layers of {profile.name} among "
             f"{stages} stages, at least one each, not {counts}.",

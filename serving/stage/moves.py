@@ -98,7 +98,7 @@ class _Lane:
                     self._do(routes, what)
                     self._done(what)
         except Exception as error:
-            self._failed(str(error))
+            self._failed(str(error) or type(error).__name__)
 
     def _do(self, routes: list[Route], what: _What) -> None:
         for route in routes:
@@ -148,8 +148,8 @@ class LayerMoves:
 
     def begin(self, move: MoveLayers) -> None:
         """Start copying. All micro-batches planned so far have been computed here."""
-        if self._coming is not None:
-            raise EngineDeadError("A move of layers began before the last one had ended.")
+        if self._coming is not None:  # no micro-batch was planned since that move began
+            self._switch(self._coming)
         old, new = self.layout, move.layout
         self._coming = new
         mine, next_mine = old.layers(self._stage), new.layers(self._stage)
@@ -163,30 +163,31 @@ class LayerMoves:
             self._written.fill(-1)
             self._in.put(self._incoming, pages)
 
-    def before(self, epoch: int, rows: Rows) -> bool:
-        """Call before a micro-batch is computed; whether `layout` is another one from here on.
+    def before(self, epoch: int, rows: Rows) -> None:
+        """Call before a micro-batch is computed. From here on `layout` is the one of its epoch.
 
         Waits for KV that the micro-batch needs and that is still on its way.
         """
-        switches = epoch != self.layout.epoch
-        if switches:
+        if epoch != self.layout.epoch:
             if self._coming is None or self._coming.epoch != epoch:
                 raise EngineDeadError(f"A plan is of layout {epoch}, which nobody announced.")
-            self.layout, self._coming = self._coming, None
-            if self._incoming:
-                self._in.put([], _Switched(epoch))
+            self._switch(self._coming)
         elif self._coming is not None and self._incoming:
             self._in.put(self._incoming, self._writes(rows))
             self._last_written = rows.number
             self._written[rows.slot_mapping // self._page_size] = rows.number
         if self._coming is None and self._arrived < self._last_written:
             self._wait_for(int(self._written[rows.page_tables].max()))
-        return switches
 
     def after(self, rows: Rows) -> None:
         """Call when a micro-batch has been computed."""
         if self._coming is not None and self._outgoing:
             self._out.put(self._outgoing, self._writes(rows))
+
+    def _switch(self, layout: Layout) -> None:
+        self.layout, self._coming = layout, None
+        if self._incoming:
+            self._in.put([], _Switched(layout.epoch))
 
     def _writes(self, rows: Rows) -> _Written:
         pages, offsets = np.divmod(rows.slot_mapping, self._page_size)

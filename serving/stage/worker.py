@@ -179,9 +179,11 @@ class StageWorker:
             return
         inputs = self._inputs.build(rows)
         if self._moves is not None:
-            with self._clock.waiting("wait_link"):
-                if self._moves.before(plan.epoch, rows):
-                    self._model.compute(self._moves.layout.layers(self._stage))
+            with self._clock.waiting("wait_input"):
+                self._moves.before(plan.epoch, rows)
+            layers = self._moves.layout.layers(self._stage)
+            if layers != self._model.layers:
+                self._model.compute(layers)
         hidden = self._receive(rows, inputs)
         if self._stage == self._last:
             wanted = None

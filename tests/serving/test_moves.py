@@ -151,7 +151,7 @@ async def test_moves_at_any_moment_change_no_token(
 async def test_what_stages_do_not_hold_is_refused(start: Start) -> None:
     engine = await start(movable_layers=1)
     for counts in ([2, 6], [8, 0], [4, 3], [4, 2, 2]):
-        with pytest.raises(ConfigError, match="may move by 1 layers"):
+        with pytest.raises(ConfigError, match="may move by at most 1"):
             engine.move_layers(counts)
     engine.move_layers([5, 3])
     fixed = await start(layer_rebalance="off")

@@ -3,6 +3,7 @@
 What decides, first to last:
 
 1. Fairness: prompts of tenants that are too far ahead come behind all others (`fairness.py`).
+   Then answers that were interrupted go on.
 2. The lane: a share of the prompt tokens goes to the oldest prompt above an age limit, and the
    share grows with its age.
 3. Deadlines: as many prompts as possible get their first token in time, by prediction. That set is
@@ -80,6 +81,7 @@ class SloOrder(Order):
         self._keys: list[int] = []
         self._queue: list[Sequence] = []
         self._figures = np.zeros((3, 64))
+        self._begun: set[int] = set()  # ranks of arrival of those whose answer was interrupted
         self._version = 0  # of the prices in the seconds
         self._credit = 0.0  # prompt tokens that the lane has coming
         self._lane = oldest_share
@@ -109,6 +111,8 @@ class SloOrder(Order):
         figures[:, place + 1 : count] = figures[:, place : count - 1]
         figures[:, place] = self._age_begins(sequence), deadline, math.nan
         self.deficits.enter(service.tenant)
+        if len(sequence.tokens) > sequence.prompt_len:
+            self._begun.add(sequence.order_key)
 
     def discard(self, sequence: Sequence) -> None:
         place = bisect_left(self._keys, sequence.order_key)
@@ -117,6 +121,7 @@ class SloOrder(Order):
             count, figures = len(self._queue), self._figures
             figures[:, place:count] = figures[:, place + 1 : count + 1]
             self.deficits.leave(sequence.request.service.tenant)
+            self._begun.discard(sequence.order_key)
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -170,7 +175,16 @@ class SloOrder(Order):
             waits = np.array([one.request.service.tenant in ahead for one in queue])
             behind = [queue[place] for place in places[waits].tolist()]
             places = places[~waits]
+        # Whose answer was interrupted, by a preemption or a death of stages, is not waiting for a
+        # first token: that one was in time or not, and every moment counts against its pace.
+        if self._begun:
+            begun = np.array([queue[place].order_key in self._begun for place in places.tolist()])
+            yield from [queue[place] for place in places[begun].tolist()]
+            places = places[~begun]
         self._oldest = None
+        if not len(places):
+            yield from self._by_service(behind)
+            return
         oldest = int(places[figures[_SINCE, places].argmin()])
         age = now - float(figures[_SINCE, oldest])
         self._aged = age > self._age
@@ -189,8 +203,12 @@ class SloOrder(Order):
             yield queue[inside[place]]
         for place in places[window:].tolist():
             yield queue[place]
+        yield from self._by_service(behind)
+
+    def _by_service(self, waiting: list[Sequence]) -> list[Sequence]:
+        """Whose tenants have had least first."""
         served = self.deficits.served
-        yield from sorted(behind, key=lambda one: served[one.request.service.tenant])
+        return sorted(waiting, key=lambda one: served[one.request.service.tenant])
 
     def _refresh(self) -> None:
         """Reckon again what may have changed: prices, prompts in work, a few hits in turn."""

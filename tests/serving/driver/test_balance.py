@@ -125,6 +125,13 @@ def test_a_gain_must_last_before_layers_move() -> None:
     assert "12.20 ms" in move.sentence()
 
 
+def test_time_without_a_load_is_no_patience() -> None:
+    one = balancer()
+    assert one.decide(0.0, HEAVY, 0.02) is None
+    assert one.decide(3600.0, HEAVY, 0.02) is None
+    assert first_move(one, HEAVY, 3600.1, 3610) == pytest.approx(3601.1, abs=0.15)
+
+
 def test_a_gain_that_comes_and_goes_moves_nothing() -> None:
     one = balancer()
     for tick in range(200):

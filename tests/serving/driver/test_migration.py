@@ -24,6 +24,7 @@ from serving.messages import (
     Rebalance,
     StageSpec,
     StepOutputs,
+    StepTime,
     Stop,
     Submit,
     ToStage,
@@ -43,16 +44,16 @@ def copied(stage: int, epoch: int = 1, *, rank: int = 0, settled: bool = False) 
 def test_a_move_switches_when_all_who_get_layers_have_the_pages() -> None:
     migration = Migration(HOME, 2, ranks=2)
     assert migration.idle
-    message = migration.begin(TARGET, [1, 5, 9], 10.0)
+    message = migration.begin(TARGET, [1, 5, 9], 7, 10.0)
     assert message.layout == Layout(1, TARGET.bounds)
     assert np.frombuffer(message.pages, "<u4").tolist() == [1, 5, 9]
     for stage, rank in ((0, 0), (0, 1), (1, 1)):
         migration.copied(copied(stage, rank=rank))
-        assert migration.switch() is None
+        assert migration.switch(9) is None
         assert migration.layout == HOME
     migration.copied(copied(1, rank=0))
-    assert migration.switch() == migration.layout == Layout(1, TARGET.bounds)
-    assert migration.switch() is None
+    assert migration.switch(9) == migration.layout == Layout(1, TARGET.bounds)
+    assert migration.switch(9) is None
     for stage, rank in ((0, 0), (0, 1), (1, 0)):
         migration.copied(copied(stage, rank=rank, settled=True))
         assert not migration.idle
@@ -62,19 +63,37 @@ def test_a_move_switches_when_all_who_get_layers_have_the_pages() -> None:
 
 def test_what_ends_in_the_middle_leaves_the_layout_that_plans_followed() -> None:
     migration = Migration(HOME, 2, ranks=1)
-    migration.begin(TARGET, [], 0.0)
+    migration.begin(TARGET, [], 7, 0.0)
     migration.copied(copied(0))
     migration.forget()
     assert migration.layout == HOME
     assert migration.idle
-    assert migration.switch() is None
-    migration.begin(TARGET, [], 0.0)
+    assert migration.switch(9) is None
+    migration.begin(TARGET, [], 7, 0.0)
     migration.copied(copied(0))
     migration.copied(copied(1))
-    assert migration.switch() is not None
+    assert migration.switch(9) is not None
     migration.forget()  # what was written last was still on its way
     assert migration.idle
     assert migration.layout.bounds == TARGET.bounds
+
+
+def test_where_nothing_was_planned_in_a_move_nothing_is_left_to_settle() -> None:
+    migration = Migration(HOME, 2, ranks=1)
+    migration.begin(TARGET, [], 7, 0.0)
+    migration.copied(copied(0))
+    migration.copied(copied(1))
+    assert migration.switch(7) is not None
+    assert migration.idle
+    migration.begin(HOME, [], 7, 0.0)  # stages 1 and 2 get theirs back
+    migration.copied(copied(1, settled=True))  # of the move before
+    for stage in (1, 2):
+        migration.copied(copied(stage, 2))
+    assert migration.switch(8) is not None
+    assert not migration.idle
+    for stage in (1, 2):
+        migration.copied(copied(stage, 2, settled=True))
+    assert migration.idle
 
 
 def test_layers_go_nowhere_they_are_not_held() -> None:
@@ -231,10 +250,13 @@ def test_a_slow_stage_loses_layers_by_itself(
     for name in ("patience", "dwell", "longest_dwell"):
         monkeypatch.setattr(Balancer, name, 0.0)
 
-    def fake_times(self: timings.StepTimings, stage: int, steps: list[tuple[int, float]]) -> None:
+    def fake_times(self: timings.StepTimings, stage: int, steps: list[StepTime]) -> None:
         """Stage 1 takes three times as long for a layer, whichever it has."""
         each = (0.001, 0.003)[stage]
-        true = [(number, each * len(self._layout_of(number).layers(stage))) for number, _ in steps]
+        true = []
+        for step in steps:
+            busy = each * len(self._layout_of(step.number).layers(stage))
+            true.append(StepTime(step.number, busy, step.began, step.ended))
         real_took(self, stage, true)
 
     real_took = timings.StepTimings.took

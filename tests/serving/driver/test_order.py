@@ -16,7 +16,7 @@ from serving.config.service import Service, TtftTarget
 from serving.driver.order.fairness import Deficits
 from serving.driver.order.slo import SloOrder, in_time_then_shortest
 from serving.driver.predictor import StepFeatures
-from tests.serving.driver.fake import FakeEngine
+from tests.serving.driver.fake import FakeEngine, FakeModel
 
 
 def seconds(step: StepFeatures) -> float:
@@ -98,6 +98,24 @@ def test_what_can_still_be_in_time_goes_before_what_cannot() -> None:
     made.submit(prompt(70), service=Service(ttft=TtftTarget(1.5)), max_tokens=1)
     made.submit(prompt(8), max_tokens=1)  # best effort
     assert first_served(made) == [2, 3, 1]
+
+
+def test_an_answer_that_was_interrupted_goes_on_before_any_newcomer() -> None:
+    """Its first token is long out, so its target says nothing about it any more."""
+    made = engine("slo")
+    target = Service(ttft=TtftTarget(0.5))
+    for start in (0, 7):
+        made.submit(prompt(8, start), service=target, max_tokens=40)
+    for _ in range(12):
+        made.plan(0.0)
+        made.run_one()
+    made.plans.clear()
+    made.named.clear()
+    made.scheduler.begin(FakeEngine().scheduler)  # the stages died
+    made.model = FakeModel(made.config, 200, 400)
+    for start in (3, 5):
+        made.submit(prompt(6, start), service=target, max_tokens=1, now=9.0)
+    assert first_served(made, 9.0) == [1, 2, 3, 4]
 
 
 def test_nobody_is_made_late_for_a_shorter_one() -> None:

@@ -373,7 +373,7 @@ def test_new_stages_have_the_layout_of_the_moment(
     behave(monkeypatch, watch)
     with Client(directory, pipeline_parallel_size=2) as client:
         client.ready()
-        client.driver._layout = Layout(5, [0, 1, 4])
+        client.driver._migration.layout = Layout(5, [0, 1, 4])
         serve(client, range(1, 3))
         client.send(Stop())
         assert client.failure() is None

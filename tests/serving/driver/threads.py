@@ -227,7 +227,7 @@ class Client:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if exception[0] is not None:
+        if exception[0] is not None and self._thread.is_alive():
             self.send(Stop())
         self._thread.join(20)
         self._incoming.close(linger=0)
@@ -260,7 +260,9 @@ class Client:
                 self.ended |= {ended.stream: ended for ended in message.ended}
             if wanted(message):
                 return message
-        raise AssertionError(f"not told; seen: {[type(one).__name__ for one in self.seen]}")
+        how = "" if self.failures.empty() else f"; the driver ended: {self.failures.get()!r}"
+        seen = [type(one).__name__ for one in self.seen]
+        raise AssertionError(f"not told; seen: {seen}{how}")
 
     def ready(self) -> Ready:
         message = self.until(lambda one: isinstance(one, Ready))

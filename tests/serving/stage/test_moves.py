@@ -129,8 +129,8 @@ class StageThread(threading.Thread):
 
     def compute(self, plan: StepPlan) -> None:
         rows = self.mirror.apply(plan)
-        if self.moves.before(plan.epoch, rows):
-            self.layout = self.moves.layout
+        self.moves.before(plan.epoch, rows)
+        self.layout = self.moves.layout
         if self.before is not None:
             assert self.before.get() == plan.number
         self.wires.pause()
@@ -209,8 +209,8 @@ class Pipeline:
             if self.migration.idle and source.random() < 0.3:
                 layout = _random_layout(source, len(self.stages))
                 if layout.bounds != self.migration.layout.bounds:
-                    self.send(self.migration.begin(layout, held, 0.0))
-            if self.migration.switch() is not None:
+                    self.send(self.migration.begin(layout, held, index, 0.0))
+            if self.migration.switch(index) is not None:
                 moves += 1
             self.send(msgspec.structs.replace(plan, epoch=self.migration.layout.epoch))
         for number in range(done, len(load.plans)):
@@ -244,7 +244,7 @@ def test_a_link_that_is_cut_in_the_middle_is_told_and_ends_the_wait() -> None:
     for plan in load.plans[:20]:
         pipeline.send(plan)
         assert pipeline.stages[-1].after.get(timeout=20) == plan.number
-    pipeline.send(pipeline.migration.begin(layout, load.held[20], 0.0))
+    pipeline.send(pipeline.migration.begin(layout, load.held[20], 20, 0.0))
     copied = pipeline.news.get(timeout=20)
     assert copied == LayersCopied(0, 0, 1, settled=False)
     pipeline.wires.queues[1, 0].put(None)
