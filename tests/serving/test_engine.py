@@ -305,7 +305,7 @@ async def test_kill_of_the_driver_ends_stages_and_streams_and_a_restart_serves_a
     assert [t for o in after for t in o.token_ids] == [t for o in before for t in o.token_ids]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.full)])
 async def test_streams_go_on_over_a_stage_that_hangs(start: Start, stage: int) -> None:
     engine = await start(step_timeout=2.0, **LOAD)
     undisturbed = await Load(engine).begin()

@@ -164,9 +164,11 @@ def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=part) as caught:
             Picture.asked(str(path), "", runs)
         assert caught.value.flag == "--timeline"
-    (tmp_path / "folder.svg").mkdir()
     picture = Picture.asked(str(tmp_path / "folder.svg"), "", 1)
     assert picture is not None
+    (tmp_path / "folder.svg").mkdir()
+    with pytest.raises(ConfigError, match="is a folder"):
+        Picture.asked(str(tmp_path / "folder.svg"), "", 1)
     with pytest.raises(ConfigError, match="cannot be written"):
         picture.write(batches(3), {0: [5, 4]}, "t")
     assert Picture.asked("", "", 5) is None
