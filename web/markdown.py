@@ -14,12 +14,17 @@ from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
-# Code spans and formulas, which are copied unchanged. Each alternative is linear: the content
-# classes exclude the delimiter, or are bounded to one line.
-_VERBATIM = re.compile(r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)|\$\$[^$]+\$\$|(?<!\\)\$[^$\n]+\$")
+# Code spans and formulas, which are copied unchanged, and links in angle brackets: the one that
+# begins first wins. Each alternative is linear: the content classes exclude the delimiter, or are
+# bounded to one line.
+_SPAN = re.compile(
+    r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)|\$\$[^$]+\$\$|(?<!\\)\$[^$\n]+\$"
+    r"|<[a-zA-Z][a-zA-Z0-9+.-]{1,31}:[^<>\s]*>"
+)
 _IMAGE = re.compile(r"!\[([^\[\]\n]*)\]\(\s*<?([^()\s<>]*)>?[^()\n]*\)")
 _LINK = re.compile(r"(?<!!)\[([^\[\]\n]+)\]\(\s*<?([^()\s<>]*)>?[^()\n]*\)")
 _AUTOLINK = re.compile(r"<([a-zA-Z][a-zA-Z0-9+.-]{1,31}:[^<>\s]*)>")
+_LINK_LIKE = re.compile(r"\][(:]|<[a-zA-Z][a-zA-Z0-9+.-]{1,31}:")
 _CITATION = re.compile(r"(?<![\\!])\[(\d{1,3}(?:\s?[,，、]\s?\d{1,3}){0,9})\](?!\()")
 _NUMBER = re.compile(r"\d+")
 
@@ -84,6 +89,11 @@ def _prose(part: str) -> str:
     return part.replace("![", "!\\[")
 
 
+def _verbatim(span: str) -> bool:
+    """Whether it is code or a formula; what a reader without formulas takes for a link is not."""
+    return span[0] == "`" or (span[0] == "$" and not _LINK_LIKE.search(span))
+
+
 def _outside_code(text: str, change: Callable[[str], str]) -> str:
     """Apply `change` to the runs of `text` that are neither code nor formulas."""
     result: list[str] = []
@@ -94,10 +104,16 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
             return
         block, position = "".join(prose), 0
         prose.clear()
-        for match in _VERBATIM.finditer(block):
-            result.append(change(block[position : match.start()]))
-            result.append(match[0])
-            position = match.end()
+        match = _SPAN.search(block)
+        while match:
+            end = match.end()
+            if _verbatim(match[0]):
+                result.append(change(block[position : match.start()]))
+                result.append(match[0])
+                position = end
+            elif match[0][0] == "$":
+                end = match.start() + 1  # no formula: what its marks enclose may be otherwise
+            match = _SPAN.search(block, end)
         result.append(change(block[position:]))
 
     fence = ""

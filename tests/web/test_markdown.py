@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -64,6 +64,10 @@ def test_a_picture_leaves_its_description_and_host() -> None:
         ("[a][b]\n\n[b]: javascript:alert", []),
         ("[a][b]\n\n[b]: https://hidden.example", []),
         ("<javascript:alert>", []),
+        ("<javascript:`alert`>", []),
+        ("<javascript:$alert$>", []),
+        ("[$](javascript:$)", []),
+        ("[a][$b]\n\n[$b]: $", []),
         ("[a](https://user@evil.example/)", []),
         ("[a [b] c](https://hidden.example)", []),
         ("[a `b` c](https://hidden.example)", []),
@@ -119,6 +123,7 @@ def test_citations_become_links_only_when_the_passage_exists() -> None:
 
 
 @given(st.text(alphabet="![]()<>`~$:\\\n /ab1h.", max_size=60))
+@example("[$]($)")
 def test_no_text_brings_a_picture_or_a_foreign_scheme_back(noise: str) -> None:
     images, links = _images_and_links(safe(noise))
     assert images == []
