@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END
 
 #: What a token may see, for the attention used: see `attend`.
 Mask = BlockMask | Tensor | None
+
+#: Tokens of a block of FlexAttention's mask.
+_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +165,11 @@ class Decoder(nn.Module):
     def loss(
         self, tokens: Tensor, positions: Tensor, mask: Mask, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of cross-entropies, and the plain one over answers (weight 1)."""
+        """Return the weighted sum of cross-entropies and, over answers (1 or more), the plain one."""
         logits = self.forward(tokens, positions, mask).float().flatten(0, 1)
         each = functional.cross_entropy(logits, targets.flatten(), reduction="none")
         flat = weights.flatten()
-        answers = (flat == 1.0).float()
+        answers = (flat >= 1.0).float()
         return (each * flat).sum(), (each.detach() * answers).sum()
 
 
@@ -206,17 +209,18 @@ def no_mask(documents: Tensor) -> None:
 
 
 class BlockMasks:
-    """FlexAttention's mask of the same meaning as `dense_mask`.
+    """FlexAttention's mask of the same meaning as `dense_mask`, for documents that count up.
 
     The function that says what is seen and the tensor it reads stay the same from step to step,
-    so that compiled code stays valid; a mask therefore holds until the next one is made.
+    so that compiled code stays valid; a mask therefore holds until the next one is made. Which
+    blocks are seen follows from the documents at their ends: no mask of all tokens is made.
     """
 
     def __init__(self) -> None:
         self._documents: Tensor | None = None
 
     def __call__(self, documents: Tensor) -> BlockMask:
-        rows, tokens = documents.shape
+        tokens = documents.shape[1]
         if self._documents is None or self._documents.shape != documents.shape:
             held = self._documents = documents.to(torch.int32)
 
@@ -226,6 +230,19 @@ class BlockMasks:
             self._seen = seen
         else:
             self._documents.copy_(documents)
-        return create_block_mask(
-            self._seen, rows, None, tokens, tokens, device=documents.device.type
-        )
+        starts = torch.arange(0, tokens, _BLOCK, device=documents.device)
+        first = self._documents[:, starts]
+        last = self._documents[:, (starts + _BLOCK - 1).clamp(max=tokens - 1)]
+        later = starts[:, None] > starts
+        some = (last[:, None] >= first[:, :, None]) & (later | (starts[:, None] == starts))
+        whole = later & (first[:, None] == last[:, :, None])
+        return BlockMask.from_kv_blocks(
+            *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=_BLOCK, mask_mod=self._seen,
+            seq_lengths=(tokens, tokens),
+        )  # fmt: skip
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many key blocks each query block has, and their numbers first: [rows, 1, ...]."""
+    order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

@@ -18,6 +18,8 @@ from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS
 
 #: Shards kept in memory to be read again when the generator is slower than the training.
 _KEPT = 1500
+#: The first tokens of an answer decide: refusal or not, and which passage.
+_LEAD = 6
 
 
 class Shards:
@@ -94,19 +96,24 @@ def batches(shards: Shards, rows: int, device: torch.device) -> Iterator[Tensor]
 
 
 def unpack(
-    marked: Tensor, filler: int, context_weight: float
+    marked: Tensor, filler: int, context_weight: float, lead_weight: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (tokens, positions, documents, targets, weights), each [rows, context - 1].
+    """Return (tokens, positions, documents, targets, weights), each [rows, context].
 
     Positions count from 0 in every document. The weight of a target is 1 in an answer,
-    `context_weight` elsewhere, and 0 where it belongs to the next document or fills a row.
+    `lead_weight` (at least 1) in its first few tokens, `context_weight` (less than 1) elsewhere,
+    and 0 where it belongs to the next document, fills a row or lies behind it.
     """
     tokens = marked & TOKEN_BITS
     starts = (marked & FIRST) != 0
     documents = starts.cumsum(1)
     places = torch.arange(marked.shape[1], device=marked.device).expand_as(marked)
     positions = places - torch.where(starts, places, 0).cummax(1).values
-    target = marked[:, 1:]
-    weights = torch.where((target & ANSWER) != 0, 1.0, context_weight)
-    weights = weights.masked_fill(((target & FIRST) != 0) | (tokens[:, 1:] == filler), 0.0)
-    return tokens[:, :-1], positions[:, :-1], documents[:, :-1], tokens[:, 1:], weights
+    answer = (marked & ANSWER) != 0
+    # A row begins with a document and no document with an answer: what is rolled past an end
+    # of the row is of no matter, below too, where the first token becomes the last one's target.
+    begun = torch.where(answer & ~answer.roll(1, 1), places, 0).cummax(1).values
+    weights = torch.where(answer, 1.0, context_weight)
+    weights = weights.masked_fill(answer & (places - begun < _LEAD), lead_weight)
+    weights = weights.masked_fill(starts | (tokens == filler), 0.0)
+    return tokens, positions, documents, tokens.roll(-1, 1), weights.roll(-1, 1)

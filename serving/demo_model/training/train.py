@@ -117,7 +117,7 @@ class Trainer:
         """Train on one batch; return the weighted mean loss and the mean over answers."""
         a = self.arguments
         tokens, positions, documents, targets, weights = unpack(
-            marked, self.filler, a.context_weight
+            marked, self.filler, a.context_weight, a.lead_weight
         )
         mask = self._mask(documents)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=a.bf16):
@@ -127,7 +127,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += tokens.numel()
         self.optimiser.step(self.progress.step, rate_scale(self.share()))
-        return whole.detach() / total, answers / (weights == 1.0).sum().clamp(min=1)
+        return whole.detach() / total, answers / (weights >= 1.0).sum().clamp(min=1)
 
     def run(self) -> None:
         """Train one leg."""
@@ -209,6 +209,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate")
     parser.add_argument("--other-rate", type=float, default=3e-3, help="Adam's learning rate")
     parser.add_argument("--context-weight", type=float, default=0.1)
+    parser.add_argument(
+        "--lead-weight", type=float, default=5.0, help="of an answer's first tokens"
+    )
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shape", default="{}", help="JSON with other sizes, for trials")

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as Backend
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from rag.prompt import PromptPassage, build_prompt
 from rag.sample import sample_documents_folder, sample_questions_file
@@ -185,7 +187,7 @@ def test_rows_hold_whole_documents(maker: Maker, tokenizer: Path) -> None:
     shard = make_shard(maker, encoder, 1, 0, rows=6, context=4096)
     filler = encoder.token_to_id(prompts.END_OF_TEXT)
     tokens, positions, documents, targets, weights = unpack(
-        torch.from_numpy(shard.astype(np.int64)), filler, 0.1
+        torch.from_numpy(shard.astype(np.int64)), filler, 0.1, 5.0
     )
     assert ((shard & TOKEN_BITS) != filler).mean() > 0.7
     whole = 0
@@ -201,15 +203,16 @@ def test_rows_hold_whole_documents(maker: Maker, tokenizer: Path) -> None:
                 assert text.endswith(answer)
                 assert text.removesuffix(answer).endswith("<|im_start|>assistant\n")
                 assert answer.endswith("<|im_end|>\n")
+                first = start + int(np.argmax((ids & ANSWER) != 0)) - 1
+                wanted = ([5.0] * 6 + [1.0] * (end - first))[: end - 1 - first]
+                assert weights[row, first : end - 1].tolist() == wanted
                 whole += 1
-            last = min(end, 4095)
-            assert positions[row, start:last].tolist() == list(range(last - start))
-            assert len(set(documents[row, start:last].tolist())) <= 1
-            if start:
-                assert weights[row, start - 1] == 0.0
+            assert positions[row, start:end].tolist() == list(range(end - start))
+            assert len(set(documents[row, start:end].tolist())) == 1
+            assert weights[row, start - 1] == 0.0
     assert whole > 10
     assert (targets[:, :-1] == tokens[:, 1:]).all()
-    assert weights.unique().tolist() == pytest.approx([0.0, 0.1, 1.0])
+    assert weights.unique().tolist() == pytest.approx([0.0, 0.1, 1.0, 5.0])
 
 
 def test_tokenizer_round_trip_and_chat_template(tokenizer: Path) -> None:
@@ -238,6 +241,30 @@ def test_flex_and_dense_attention_agree() -> None:
         dense = attend(query, key, value, dense_mask(documents))
         flex = attend(query, key, value, masks(documents))
         torch.testing.assert_close(dense, flex, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [128, 1024])
+def test_blocks_of_the_mask_are_those_that_the_documents_touch(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    masks = BlockMasks()
+    for share in (0.2, 0.01, 0.001):
+        documents = (torch.rand(3, tokens, generator=generator) < share).cumsum(1)
+        seen = dense_mask(documents)
+
+        def rule(
+            row: Tensor, head: Tensor, query: Tensor, key: Tensor, seen: Tensor = seen
+        ) -> Tensor:
+            return seen[row, 0, query, key]
+
+        wanted = create_block_mask(rule, 3, None, tokens, tokens, device="cpu")
+        found = masks(documents)
+        assert (found.to_dense() == wanted.to_dense()).all()
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            ours, theirs = getattr(found, name), getattr(wanted, name)
+            assert (ours == theirs).all(), name
+            places = name.replace("num_blocks", "indices")
+            listed = torch.arange(ours.shape[2]) < ours[..., None]
+            assert (getattr(found, places)[listed] == getattr(wanted, places)[listed]).all(), places
 
 
 def test_orthogonal_updates() -> None:
