@@ -9,18 +9,23 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from heapq import nlargest
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serving.demo_model.training.lexicon import HAN, STOPWORDS, WORD, base_forms
 
 _ROOT = Path(__file__).parents[3]
+#: Name of the file of pairs that lies beside the collected text.
+NEAR = "near.npz"
 #: Own prose that is read, beside docstrings. The sample course and the tests are never read.
 OWN_TEXTS = ("README.md", "README.zh-CN.md", "docs/architecture.md")
-LECTURES = Path(__file__).with_name("lectures.txt")
+LECTURES = tuple(Path(__file__).with_name(n) for n in ("lectures.txt", "lectures_en.txt"))
 OWN_CODE = ("serving", "backend", "rag", "monitoring", "deploy", "web")
 _SENTENCE_EN = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`\"'(\[])")
 _SENTENCE_ZH = re.compile(r"(?<=[。！？；])")
@@ -47,7 +52,7 @@ class Passage:
         start, end = self.spans[number]
         return self.body[start:end]
 
-    def window(self, number: int, most: int = 3) -> str:
+    def window(self, number: int, most: int = 4) -> str:
         """Return a sentence and what follows it in its paragraph, `most` sentences in all."""
         last = number
         while (
@@ -95,6 +100,35 @@ def make_passage(
     return Passage(group, title, heading, body, tuple(spans), tuple(numbers), chinese, code)
 
 
+Numbers = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Pairs of texts that say nearly the same: what is asked about, and where that is answered.
+
+    `counts` [2]: passages and message pairs of the corpus that the numbers belong to.
+    `sentences` [n, 4]: passage and place of a sentence, passage and place of the answer.
+    `messages` [n, 2]: places in `Corpus.pairs`. `across` [n, 3]: a place in `Corpus.pairs`,
+    passage and place of the answer. `beside` [n, m]: passages that may answer `sentences` too,
+    filled up with -1.
+    """
+
+    counts: Numbers
+    sentences: Numbers
+    messages: Numbers
+    across: Numbers
+    beside: Numbers
+
+    @classmethod
+    def load(cls, file: Path) -> Near:
+        with np.load(file, allow_pickle=False) as saved:
+            return cls(**{entry.name: saved[entry.name] for entry in fields(cls)})
+
+    def save(self, file: Path) -> None:
+        np.savez_compressed(file, **{e.name: getattr(self, e.name) for e in fields(self)})
+
+
 @dataclass(slots=True)
 class Corpus:
     """Everything that examples are made from."""
@@ -106,14 +140,26 @@ class Corpus:
     synonyms: list[list[str]] = field(default_factory=list)
     definitions: list[tuple[str, str]] = field(default_factory=list)
     characters: list[tuple[str, str]] = field(default_factory=list)
+    #: How many of the passages were collected; the project's own come behind them.
+    collected: int = 0
+    near: Near | None = None
 
     @classmethod
     def load(cls, file: Path | None) -> Corpus:
-        """Read the collected file (None: own text only) and the project's own prose."""
+        """Read the collected file (None: own text only), the project's own prose, and pairs.
+
+        Raises:
+            ValueError: the pairs beside the file were found in another corpus.
+        """
         corpus = cls()
         if file is not None:
             with lzma.open(file, "rt", encoding="utf-8") as lines:
                 corpus._read(lines)
+            corpus.collected = len(corpus.passages)
+            if (near := file.with_name(NEAR)).is_file():
+                corpus.near = Near.load(near)
+                if corpus.near.counts.tolist() != [corpus.collected, len(corpus.pairs)]:
+                    raise ValueError(f"{near} belongs to another corpus; make it again.")
         corpus.passages.extend(own_passages())
         return corpus
 
@@ -173,16 +219,17 @@ def _sections(row: dict[str, Any]) -> list[Passage]:
 
 @dataclass(frozen=True, slots=True)
 class Lecture:
-    """A short Chinese text of our own, and questions: (number of the sentence, question)."""
+    """A short text of our own, and questions: (number of the sentence, question)."""
 
     passage: Passage
     asked: tuple[tuple[int, str], ...]
 
 
 def lectures() -> list[Lecture]:
-    """Read `lectures.txt`: a heading, a paragraph, and lines with ?, a sentence's number, text."""
+    """Read lectures: a heading, a paragraph, and lines with ?, a sentence's number, a question."""
     made = []
-    for block in LECTURES.read_text("utf-8").split("# ")[1:]:
+    blocks = [b for file in LECTURES for b in file.read_text("utf-8").split("# ")[1:]]
+    for block in blocks:
         heading, text, *asked = block.strip().split("\n")
         rows = [line.removeprefix("?").split(" ", 1) for line in asked]
         passage = make_passage("lectures", heading, heading, [text])

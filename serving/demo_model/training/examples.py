@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -27,7 +27,7 @@ from serving.demo_model.training.questions import (
 from serving.demo_model.training.tasks import KINDS, make_task
 
 #: How often the right passage is missing, so that the answer is a refusal.
-_MISSING = 0.2
+_MISSING = 0.17
 #: Passages of a prompt; a few long prompts, so that all positions are met.
 _COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 8) * 3 + (12, 16)
 _COURSES = (
@@ -68,15 +68,16 @@ class Maker:
         self._characters = common_characters()
         self._words = sorted(self.search.weight)
         self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
-            (0.28, self._documentation),
-            (0.14, self._documentation_in_chinese),
-            (0.19, self._facts),
-            (0.10, self._messages if corpus.runs else self._facts),
-            (0.05, self._lecture),
-            (0.04, self._random_words),
-            (0.13, self._task),
+            (0.16, self._documentation),
+            (0.12, self._documentation_in_chinese),
+            (0.29, self._near if corpus.near is not None else self._documentation),
+            (0.09, self._facts),
+            (0.04, self._messages if corpus.runs else self._facts),
+            (0.08, self._lecture),
+            (0.03, self._random_words),
+            (0.14, self._task),
             (0.03, self._talk),
-            (0.04, self._dictionary),
+            (0.02, self._dictionary),
         ]
 
     def example(self, rng: Random) -> Example:
@@ -136,19 +137,59 @@ class Maker:
             question += " 请给出代码。" if chinese else wish
             text = f"\n```\n{target.code}\n```"
         words = content(question if not chinese else sentence)
-        mine = search.overlap(words, number)
-        wrong: list[Passage] = []
+        wrong = self._other_documents(rng, words, number)
+        return self._put(rng, _Asked(question, chinese, target, text, wrong))
+
+    def _other_documents(
+        self, rng: Random, words: frozenset[str], number: int, avoid: Collection[int] = ()
+    ) -> list[Passage]:
+        """Return wrong passages beside `number`: near it, of its document, or with its words."""
+        search = self.search
+        most = max(0.8 * search.overlap(words, number), 0.2)
         hard = search.rank(words, rng, 14)
-        same = search.groups[target.group]
+        same = search.groups[search.passages[number].group]
         near = [n for n in range(number - 4, number + 5) if 0 <= n < len(search.passages)]
         others = [*hard, *rng.sample(same, min(3, len(same))), *rng.sample(near, 3)]
         if rng.random() < 0.25:  # easy ones too: choosing is learnt from them first
             others = [rng.randrange(len(search.passages)) for _ in range(8)]
         rng.shuffle(others)
-        for other in dict.fromkeys([*others, rng.randrange(len(search.passages))]):
-            if other != number and search.overlap(words, other) < max(0.8 * mine, 0.2):
-                wrong.append(search.passages[other])
-        return self._put(rng, _Asked(question, chinese, target, text, wrong))
+        return [
+            search.passages[other]
+            for other in dict.fromkeys([*others, rng.randrange(len(search.passages))])
+            if other != number
+            and other not in avoid
+            and (avoid or search.overlap(words, other) < most)
+        ]
+
+    # Sentences that say nearly the same: the question is made from one, the other answers it.
+
+    def _near(self, rng: Random) -> Example:
+        near = self.corpus.near
+        assert near is not None
+        kind = rng.random()
+        if kind < 0.25:
+            return self._messages(rng, alike=True)
+        if kind < 0.4:
+            first, number, place = near.across[rng.randrange(len(near.across))].tolist()
+            asked, chinese = self.corpus.pairs[first], True
+            question = ask_chinese(asked[1], rng, self.lexicon, 0.3)
+            avoid: list[int] = []
+            words = content(asked[0])
+        else:
+            row = rng.randrange(len(near.sentences))
+            source, where, number, place = near.sentences[row].tolist()
+            sentence = self.search.passages[source].sentence(where)
+            chinese = rng.random() < 0.15
+            crossed = ask_across(sentence, rng, self.lexicon, chinese=True) if chinese else None
+            chinese = crossed is not None
+            question = crossed or ask_english(
+                sentence, rng, self.lexicon, self.search.weight, rng.choice((0.0, 0.2, 0.4)), 0.2
+            )
+            avoid = [source, number, *near.beside[row].tolist()]
+            words = content(sentence)
+        target = self.search.passages[number]
+        wrong = self._other_documents(rng, words, number, avoid)
+        return self._put(rng, _Asked(question, chinese, target, target.window(place), wrong))
 
     # Invented facts, in both languages.
 
@@ -174,7 +215,7 @@ class Maker:
             made, told = frames.passage(rng, self.lexicon, rng.random() < 0.8, other)
             if all(f.frame is not facts[place].frame or other is not topic for f in told):
                 wrong.append(made)
-        asked = _Asked(question, ask_in_chinese, target, target.window(place, 2), wrong)
+        asked = _Asked(question, ask_in_chinese, target, target.window(place, 3), wrong)
         return self._put(rng, asked)
 
     # Own short lectures with questions as a student would ask them.
@@ -193,9 +234,14 @@ class Maker:
                     for w in words
                 )
         else:
-            chinese = True
+            chinese = target.chinese
             number = rng.randrange(len(target.spans))
-            question = ask_chinese(target.sentence(number), rng, self.lexicon, 0.5)
+            sentence = target.sentence(number)
+            question = (
+                ask_chinese(sentence, rng, self.lexicon, 0.5)
+                if chinese
+                else ask_english(sentence, rng, self.lexicon, self.search.weight, 0.4)
+            )
         if len(target.spans) > 2 and rng.random() < 0.4:
             gone = rng.choice([n for n in range(len(target.spans)) if n != number])
             target = target.without(gone)
@@ -237,20 +283,31 @@ class Maker:
         words = rng.sample(rows[place], min(len(rows[place]), rng.randint(2, 4)))
         question = ask_about(words, rng, chinese)
         wrong = [passage()[0] for _ in range(8)]
-        asked = _Asked(question, chinese, target, target.window(place, 2), wrong)
+        asked = _Asked(question, chinese, target, target.window(place, 3), wrong)
         return self._put(rng, asked)
 
     # Messages of programs with their translations: short Chinese sentences.
 
-    def _messages(self, rng: Random) -> Example:
+    def _messages(self, rng: Random, alike: bool = False) -> Example:
+        """Ask about a message; `alike`: in the words of another one that says nearly the same."""
         corpus = self.corpus
         first, end = rng.choices(corpus.runs, [b - a for a, b in corpus.runs])[0]
+        asked_of: tuple[str, str] | None = None
+        answer = -1
+        if alike and corpus.near is not None:
+            other, answer = corpus.near.messages[rng.randrange(len(corpus.near.messages))].tolist()
+            asked_of = corpus.pairs[other]
+            first, end = next(
+                ((a, b) for a, b in corpus.runs if a <= answer < b), (answer, answer + 1)
+            )
         text_chinese = rng.random() < 0.75
         ask_in_chinese = rng.random() < 0.8
 
-        def passage() -> tuple[Passage, list[tuple[str, str]]]:
+        def passage(around: int = -1) -> tuple[Passage, list[tuple[str, str]]]:
             start = rng.randrange(first, max(first + 1, end - 6))
-            rows = corpus.pairs[start : start + rng.randint(2, 6)]
+            if around >= 0:
+                start = max(first, around - rng.randint(0, 4))
+            rows = corpus.pairs[start : max(start + rng.randint(2, 6), around + 1)]
             rows = [r for r in rows if r[0] or text_chinese] or [corpus.pairs[first]]
             body = "".join(_ended(z) for _, z in rows)
             if not text_chinese:
@@ -258,19 +315,25 @@ class Maker:
             title = rng.choice(rng.choice(self.lexicon.terms)[0 if text_chinese else 1])
             return make_passage("", title, title, [body]), rows
 
-        target, rows = passage()
+        target, rows = passage(answer)
         place = rng.randrange(len(target.spans))
-        sentence = target.sentence(place)
-        row = next((r for r in rows if sentence[:12] in r[0] or sentence[:12] in r[1]), rows[0])
+        if asked_of is not None:
+            told = _ended(corpus.pairs[answer][1 if text_chinese else 0])
+            start = target.body.find(told)
+            place = next((n for n, (_, e) in enumerate(target.spans) if e > start), 0)
+            row = asked_of
+        else:
+            sentence = target.sentence(place)
+            row = next((r for r in rows if sentence[:12] in r[0] or sentence[:12] in r[1]), rows[0])
         if ask_in_chinese:
             question = ask_chinese(row[1], rng, self.lexicon, 0.5)
         else:
             question = ask_english(
                 row[0] or "this message", rng, self.lexicon, self.search.weight, 0.3
             )
-        own = set(rows)
+        own = {*rows, row}
         wrong = [p for p, r in (passage() for _ in range(8)) if not own & set(r)]
-        asked = _Asked(question, ask_in_chinese, target, target.window(place, 2), wrong)
+        asked = _Asked(question, ask_in_chinese, target, target.window(place, 3), wrong)
         return self._put(rng, asked)
 
     def _put(self, rng: Random, asked: _Asked) -> Example:
@@ -308,7 +371,7 @@ class Maker:
     # Tasks, small talk, words.
 
     def _task(self, rng: Random) -> Example:
-        task = make_task(rng.choice((*KINDS, "two_hop")), rng)
+        task = make_task(rng.choice((*KINDS, "two_hop", "two_hop")), rng)
         return Example(prompts.chat([("user", task.prompt)]), task.answer + prompts.TURN_END + "\n")
 
     def _talk(self, rng: Random) -> Example:

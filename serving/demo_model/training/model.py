@@ -165,7 +165,7 @@ class Decoder(nn.Module):
     def loss(
         self, tokens: Tensor, positions: Tensor, mask: Mask, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of cross-entropies and, over answers (1 or more), the plain one."""
+        """Return the weighted sum of cross-entropies and the plain one over answers (from 1 on)."""
         logits = self.forward(tokens, positions, mask).float().flatten(0, 1)
         each = functional.cross_entropy(logits, targets.flatten(), reduction="none")
         flat = weights.flatten()

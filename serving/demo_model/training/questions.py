@@ -55,10 +55,18 @@ def identifiers(sentence: str) -> list[str]:
 
 
 def ask_english(
-    sentence: str, rng: Random, lexicon: Lexicon, weight: dict[str, float], swap: float
+    sentence: str,
+    rng: Random,
+    lexicon: Lexicon,
+    weight: dict[str, float],
+    swap: float,
+    about: float = 0.45,
 ) -> str:
-    """Return an English question about an English sentence; `swap`: how often words change."""
-    if rng.random() < 0.45:
+    """Return an English question about an English sentence.
+
+    `swap` says how often words change, `about` how often only a few of them are kept.
+    """
+    if rng.random() < about:
         return _about_english(sentence, rng, lexicon, weight, swap)
     clauses = [c for c in _CLAUSE_EN.split(sentence) if len(c.split()) >= 3] or [sentence]
     first = rng.randrange(len(clauses))

@@ -3,7 +3,7 @@
 Every kind spreads its facts over several segments:
 
 - `recall`: pairs of key and value in several segments; one key is asked for.
-- `two_hop`: one segment says where a thing is, another what that place holds.
+- `two_hop`: one segment says where a thing is, another the code of that place; both are asked for.
 - `choose`: candidates make claims, one segment holds the evidence; the letter of the candidate
   that agrees with it is asked for.
 - `copy`: an identifier or line of code of a named segment, exactly.
@@ -127,11 +127,12 @@ def _two_hop(rng: Random, chinese: bool) -> Task:
     chosen = rng.randrange(count)
     thing = things[chosen]
     ask = (
-        f"问题：{thing} 所在之处的代码是什么？"
+        f"问题：{thing} 放在哪里？那里的代码是什么？"
         if chinese
-        else f"Question: What is the code of the place where {thing} is kept?"
+        else f"Question: Where is {thing} kept, and what is the code of that place?"
     )
-    return Task("two_hop", f"{_segments(parts, chinese)}\n\n{ask}", values[chosen])
+    answer = f"{places[chosen]}: {values[chosen]}"
+    return Task("two_hop", f"{_segments(parts, chinese)}\n\n{ask}", answer)
 
 
 def _choose(rng: Random, chinese: bool) -> Task:
