@@ -53,15 +53,14 @@ class Passage:
         return self.body[start:end]
 
     def window(self, number: int, most: int = 4) -> str:
-        """Return a sentence and what follows it in its paragraph, `most` sentences in all."""
-        last = number
-        while (
-            last + 1 < len(self.spans)
-            and last + 1 - number < most
-            and self.paragraph[last + 1] == self.paragraph[number]
-        ):
-            last += 1
-        return self.body[self.spans[number][0] : self.spans[last][1]].rstrip()
+        """Return a sentence and what follows it in its paragraph, `most` sentences in all.
+
+        Before the last sentence of a paragraph stands the one before it.
+        """
+        own = [n for n, p in enumerate(self.paragraph) if p == self.paragraph[number]]
+        first = number - 1 if number == own[-1] and number > own[0] else number
+        last = min(own[-1], first + most - 1)
+        return self.body[self.spans[first][0] : self.spans[last][1]].rstrip()
 
     def without(self, number: int) -> Passage:
         """Return the passage with one sentence cut out."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+import zlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -16,7 +18,14 @@ from serving.demo_model.training.corpus import (
     make_passage,
 )
 from serving.demo_model.training.dialogue import talk
-from serving.demo_model.training.lexicon import HAN, Lexicon, common_characters
+from serving.demo_model.training.lexicon import (
+    HAN,
+    STOPWORDS,
+    WORD,
+    Lexicon,
+    base_forms,
+    common_characters,
+)
 from serving.demo_model.training.prompts import Turn
 from serving.demo_model.training.questions import (
     ask_about,
@@ -36,6 +45,21 @@ _COURSES = (
     "Programming in Practice", "Compilers", "Machine Learning", "Web Development", "System Tools",
 )  # fmt: skip
 _MOST_TERMS = 12
+#: How often a question on a document comes with words that are of no matter, how often its
+#: passages' words are others.
+_ASIDES = 0.35
+_RENAMED = 0.4
+_ASIDE_EN = (
+    "While working on {n}: {q}", "I use {n}. {q}", "{q} I already tried {n}.",
+    "My task is {n}. {q}",
+    "After reading of {n} I wonder: {q}", "A friend has {n}. {q}", "{q} It is about {n}.",
+    "This is not {n}, but {q}",
+)  # fmt: skip
+_ASIDE_ZH = (
+    "我在做{n}，{q}", "学{n}的时候，{q}", "{q}我用的是{n}。", "同学在弄{n}，{q}",
+    "{q}是不是和{n}有关？",
+    "先不说{n}，{q}",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +84,39 @@ class _Asked:
 class Maker:
     """Makes examples from a corpus; the same random numbers give the same example."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, held_out: bool = False) -> None:
+        """With `held_out`, documents are those that other makers never show, to measure with."""
         self.corpus = corpus
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
         self.search = Search(corpus.passages)
         self._lectures = lectures()
         self._characters = common_characters()
-        self._words = sorted(self.search.weight)
+        rare = math.log(max(len(corpus.passages), 2) / 20)
+        words = sorted(w for w in self.search.weight if w.isalpha() and w.isascii())
+        self._words = [w for w in words if self.search.weight[w] < rare] or words
+        kept = [_is_held_out(p) == held_out for p in corpus.passages]
+        #: Numbers of the passages that may be shown, and of the pairs between such.
+        self._numbers = [n for n, mine in enumerate(kept) if mine] or list(range(len(kept)))
+        self._allowed = frozenset(self._numbers)
+        self._pairs: list[int] = []
+        self._pairs_across: list[int] = []
+        if (near := corpus.near) is not None:
+            asked, answers = near.sentences[:, 0].tolist(), near.sentences[:, 2].tolist()
+            self._pairs = [n for n, (a, b) in enumerate(zip(asked, answers, strict=True))
+                           if a in self._allowed and b in self._allowed]  # fmt: skip
+            across = near.across[:, 1].tolist()
+            self._pairs_across = [n for n, a in enumerate(across) if a in self._allowed]
         self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
-            (0.16, self._documentation),
-            (0.12, self._documentation_in_chinese),
-            (0.29, self._near if corpus.near is not None else self._documentation),
-            (0.09, self._facts),
+            (0.26, self._documentation),
+            (0.15, self._documentation_in_chinese),
+            (0.15, self._near if self._pairs else self._documentation),
+            (0.10, self._facts),
             (0.04, self._messages if corpus.runs else self._facts),
-            (0.08, self._lecture),
-            (0.03, self._random_words),
-            (0.14, self._task),
+            (0.06, self._lecture),
+            (0.05, self._random_words),
+            (0.12, self._task),
             (0.03, self._talk),
-            (0.02, self._dictionary),
+            (0.04, self._dictionary),
         ]
 
     def example(self, rng: Random) -> Example:
@@ -87,6 +126,14 @@ class Maker:
             if place < 0:
                 return make(rng)
         return self._kinds[-1][1](rng)
+
+    def on_documents(self) -> dict[str, Callable[[Random], Example]]:
+        """Return the makers of questions on documents, by name."""
+        found: dict[str, Callable[[Random], Example]] = {
+            "documents": self._documentation,
+            "documents zh": self._documentation_in_chinese,
+        }
+        return found | ({"near": self._near} if self._pairs else {})
 
     # Documentation: English passages, with other passages of the same documents as wrong ones.
 
@@ -100,7 +147,7 @@ class Maker:
         """Return the number of a passage, the place of a sentence in it, and a question on it."""
         search = self.search
         while True:
-            number = rng.randrange(len(search.passages))
+            number = rng.choice(self._numbers)
             target = search.passages[number]
             place = rng.randrange(len(target.spans))
             sentence = target.sentence(place)
@@ -136,9 +183,26 @@ class Maker:
             wish = rng.choice((" Show the code.", " Give the example.", " I need the code for it."))
             question += " 请给出代码。" if chinese else wish
             text = f"\n```\n{target.code}\n```"
+        if rng.random() < _ASIDES:
+            question = self._with_aside(rng, question, chinese)
         words = content(question if not chinese else sentence)
         wrong = self._other_documents(rng, words, number)
-        return self._put(rng, _Asked(question, chinese, target, text, wrong))
+        asked = _Asked(question, chinese, target, text, wrong)
+        return self._put(rng, asked, renamed=not chinese and rng.random() < _RENAMED)
+
+    def _with_aside(self, rng: Random, question: str, chinese: bool) -> str:
+        """Return the question with words round it that the right passage need not have."""
+        if chinese:
+            aside = "和".join(
+                rng.choice(self.lexicon.terms)[0][0] for _ in range(rng.randint(1, 2))
+            )
+            return rng.choice(_ASIDE_ZH).format(q=question, n=aside)
+        other = self.search.passages[rng.choice(self._numbers)]
+        words = WORD.findall(other.sentence(rng.randrange(len(other.spans))))
+        size = rng.randint(2, 6)
+        first = rng.randrange(max(1, len(words) - size))
+        aside = " ".join(words[first : first + size]).lower()
+        return rng.choice(_ASIDE_EN).format(q=question, n=aside)
 
     def _other_documents(
         self, rng: Random, words: frozenset[str], number: int, avoid: Collection[int] = ()
@@ -151,12 +215,13 @@ class Maker:
         near = [n for n in range(number - 4, number + 5) if 0 <= n < len(search.passages)]
         others = [*hard, *rng.sample(same, min(3, len(same))), *rng.sample(near, 3)]
         if rng.random() < 0.25:  # easy ones too: choosing is learnt from them first
-            others = [rng.randrange(len(search.passages)) for _ in range(8)]
+            others = rng.choices(self._numbers, k=8)
         rng.shuffle(others)
         return [
             search.passages[other]
-            for other in dict.fromkeys([*others, rng.randrange(len(search.passages))])
+            for other in dict.fromkeys([*others, rng.choice(self._numbers)])
             if other != number
+            and other in self._allowed
             and other not in avoid
             and (avoid or search.overlap(words, other) < most)
         ]
@@ -167,16 +232,16 @@ class Maker:
         near = self.corpus.near
         assert near is not None
         kind = rng.random()
-        if kind < 0.25:
+        if kind < 0.25 and len(near.messages):
             return self._messages(rng, alike=True)
-        if kind < 0.4:
-            first, number, place = near.across[rng.randrange(len(near.across))].tolist()
+        if kind < 0.4 and self._pairs_across:
+            first, number, place = near.across[rng.choice(self._pairs_across)].tolist()
             asked, chinese = self.corpus.pairs[first], True
             question = ask_chinese(asked[1], rng, self.lexicon, 0.3)
             avoid: list[int] = []
             words = content(asked[0])
         else:
-            row = rng.randrange(len(near.sentences))
+            row = rng.choice(self._pairs)
             source, where, number, place = near.sentences[row].tolist()
             sentence = self.search.passages[source].sentence(where)
             chinese = rng.random() < 0.15
@@ -336,8 +401,12 @@ class Maker:
         asked = _Asked(question, ask_in_chinese, target, target.window(place, 3), wrong)
         return self._put(rng, asked)
 
-    def _put(self, rng: Random, asked: _Asked) -> Example:
-        """Shuffle right and wrong passages into a prompt; sometimes leave out the right one."""
+    def _put(self, rng: Random, asked: _Asked, renamed: bool = False) -> Example:
+        """Shuffle right and wrong passages into a prompt; sometimes leave out the right one.
+
+        With `renamed`, many of the words are others, the same ones everywhere: such passages
+        were never read before, so what is known of the documents by heart does not help.
+        """
         count = rng.choice(_COUNTS)
         wrong = list(asked.wrong)
         rng.shuffle(wrong)
@@ -345,16 +414,22 @@ class Maker:
         shown = wrong[: count if missing else count - 1]
         if not missing:
             shown.insert(rng.randint(0, len(shown)), asked.target)
-        chinese = asked.chinese
+        right = -1 if missing else shown.index(asked.target)
+        text, chinese = asked.text, asked.chinese
+        if renamed:
+            rename = _Renaming(rng, self._words)
+            shown = [rename.passage(p) for p in shown]
+            asked = replace(asked, question=rename(asked.question))
+            text = None if text is None else rename(text)
         terms: list[tuple[str, str]] = []
         if chinese and any(not p.chinese for p in shown) and rng.random() < 0.85:
             terms = self.lexicon.names(asked.question)[:_MOST_TERMS]
         turns = self._before(rng, chinese)
         turns.append(prompts.question_turn(asked.question, shown, chinese, terms))
-        if missing or asked.text is None:
+        if missing or text is None:
             answer = prompts.REFUSAL_ZH if chinese else prompts.REFUSAL_EN
         else:
-            answer = prompts.answer_text(shown.index(asked.target) + 1, asked.text, chinese)
+            answer = prompts.answer_text(right + 1, text, chinese)
         return Example(prompts.chat(turns), answer + prompts.TURN_END + "\n")
 
     def _before(self, rng: Random, chinese: bool) -> list[Turn]:
@@ -405,6 +480,47 @@ class Maker:
             else:
                 lines.append(" = ".join(rng.choice(self.corpus.characters)))
         return Example("\n".join(lines) + "\n" + prompts.END_OF_TEXT, "")
+
+
+class _Renaming:
+    """Puts other words for many of the words, the same one for all forms of a word."""
+
+    def __init__(self, rng: Random, words: Sequence[str]) -> None:
+        self._rng = rng
+        self._words = words
+        self._share = rng.uniform(0.3, 0.9)
+        self._names: dict[str, str | None] = {}
+
+    def __call__(self, text: str) -> str:
+        return WORD.sub(lambda match: self._name(match[0]), text)
+
+    def passage(self, passage: Passage) -> Passage:
+        """Return the passage as it is shown; its spans are those of the former text."""
+        heading = self(passage.heading)
+        title = heading if passage.title == passage.heading else self(passage.title)
+        return replace(passage, title=title, heading=heading, body=self(passage.body),
+                       code=self(passage.code))  # fmt: skip
+
+    def _name(self, word: str) -> str:
+        low = word.lower()
+        if len(word) < 4 or low in STOPWORDS:
+            return word
+        stem = low
+        while (shorter := min(base_forms(stem), key=len)) != stem:
+            stem = shorter
+        if stem not in self._names:
+            rename = self._rng.random() < self._share
+            self._names[stem] = self._rng.choice(self._words) if rename else None
+        name = self._names[stem]
+        if name is None:
+            return word
+        name += low[len(stem) :] if low.startswith(stem) else ""
+        return name.upper() if word.isupper() else name.capitalize() if word[0].isupper() else name
+
+
+def _is_held_out(passage: Passage) -> bool:
+    """Say whether a passage is kept from training: all of a document, one document in 40."""
+    return bool(passage.group) and zlib.crc32(passage.group.encode()) % 40 == 0
 
 
 def _ended(text: str) -> str:

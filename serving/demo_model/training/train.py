@@ -23,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from serving.demo_model.training.corpus import Corpus
+from serving.demo_model.training.examples import Maker
 from serving.demo_model.training.export import export, load, special_tokens
 from serving.demo_model.training.model import (
     BlockMasks,
@@ -57,6 +59,11 @@ def rate_scale(share: float, warm: float = 0.01, stable: float = 0.55, last: flo
     if share < stable:
         return 1.0
     return max(last, 1.0 - (1.0 - last) * (share - stable) / (1.0 - stable))
+
+
+def context_weight(share: float, first: float, until: float = 0.35, last: float = 0.01) -> float:
+    """Return the weight of what is only read: it falls, or the documents are learnt by heart."""
+    return max(last, first + (last - first) * share / until)
 
 
 class Trainer:
@@ -117,7 +124,7 @@ class Trainer:
         """Train on one batch; return the weighted mean loss and the mean over answers."""
         a = self.arguments
         tokens, positions, documents, targets, weights = unpack(
-            marked, self.filler, a.context_weight, a.lead_weight
+            marked, self.filler, context_weight(self.share(), a.context_weight), a.lead_weight
         )
         mask = self._mask(documents)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=a.bf16):
@@ -141,7 +148,11 @@ class Trainer:
                 generator += ["--corpus", str(a.corpus)]
         folder = a.shards or a.run / "shards"
         shards = Shards(folder, progress.shard, generator, replay=not a.steps)
-        probe = Probe.read(a.probe, a.tokenizer) if a.probe else None
+        probe = Probe(a.tokenizer)
+        if a.probe is not None:
+            probe.read(a.probe)
+        if a.corpus is not None and a.held_out:
+            probe.make(Maker(Corpus.load(a.corpus), held_out=True), a.held_out)
         stream = batches(shards, a.rows, self.device)
         log = (a.run / "log.jsonl") if a.run.is_dir() or a.run.mkdir(parents=True) is None else None
         assert log is not None
@@ -154,11 +165,10 @@ class Trainer:
         progress.shard = shards.number
         self.save()
         export(self.model, a.tokenizer, a.run / "model", vars(progress))
-        if probe is not None:
-            print(json.dumps(probe.measure(self.model, self.device)), flush=True)
+        print(json.dumps(probe.measure(self.model, self.device)), flush=True)
         print(f"leg ends: {json.dumps(vars(progress))}", flush=True)
 
-    def _leg(self, stream: Any, shards: Shards, probe: Probe | None, log: Path) -> None:
+    def _leg(self, stream: Any, shards: Shards, probe: Probe, log: Path) -> None:
         a, progress = self.arguments, self.progress
         # The first step compiles; the clock of the schedule starts behind it.
         losses = self.step(next(stream))
@@ -175,7 +185,7 @@ class Trainer:
                        "tokens": progress.tokens, "share": round(self.share(), 4),
                        "tokens_per_s": round((progress.tokens - tokens) / max(now - logged, 1e-9)),
                        "shard": shards.number, "replayed": shards.replayed}  # fmt: skip
-                if probe is not None and progress.seconds - probed >= a.probe_seconds:
+                if progress.seconds - probed >= a.probe_seconds:
                     probed = progress.seconds
                     row |= probe.measure(self.model, self.device)
                 with log.open("a") as lines:
@@ -220,7 +230,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--probe", type=Path, help="prompts whose citation is known, JSON Lines")
-    parser.add_argument("--probe-seconds", type=float, default=60.0)
+    parser.add_argument("--held-out", type=int, default=60, help="examples to measure with, a kind")
+    parser.add_argument("--probe-seconds", type=float, default=120.0)
     return parser.parse_args(given)
 
 

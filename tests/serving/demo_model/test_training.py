@@ -22,7 +22,7 @@ from serving.demo_model.training import prompts
 from serving.demo_model.training.collect import SOURCES
 from serving.demo_model.training.corpus import Corpus, make_passage
 from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS, generate, make_shard
-from serving.demo_model.training.examples import Maker
+from serving.demo_model.training.examples import Maker, _Renaming
 from serving.demo_model.training.export import export, load, shape_of
 from serving.demo_model.training.model import BlockMasks, Decoder, Shape, attend, dense_mask
 from serving.demo_model.training.optimiser import orthogonal
@@ -31,7 +31,7 @@ from serving.demo_model.training.probe import Probe
 from serving.demo_model.training.stream import unpack
 from serving.demo_model.training.tasks import KINDS, exact_match, held_out, make_task
 from serving.demo_model.training.tokenizer import train as train_tokenizer
-from serving.demo_model.training.train import Trainer, arguments, rate_scale
+from serving.demo_model.training.train import Trainer, arguments, context_weight, rate_scale
 from serving.demo_model.vocabulary import write_tokenizer
 from serving.tokenizer import Tokenizer
 
@@ -153,6 +153,54 @@ def test_answers_are_copied_from_the_passage_they_cite(maker: Maker) -> None:
         refused += answer in (prompts.REFUSAL_EN, prompts.REFUSAL_ZH)
     assert cited > 120
     assert refused > 20
+
+
+def test_held_out_documents_are_shown_by_no_other_maker() -> None:
+    bodies = [f"Document number {n} explains how gadget{n} and widget{n} work." for n in range(200)]
+    corpus = Corpus([make_passage(f"g{n}", "T", "T", [body]) for n, body in enumerate(bodies)])
+    usual, other = Maker(corpus), Maker(corpus, held_out=True)
+    assert sorted(usual._numbers + other._numbers) == list(range(200))
+    assert 0 < len(other._numbers) < 20
+    rng = Random(0)
+    for maker, numbers in ((usual, other._numbers), (other, usual._numbers)):
+        for _ in range(60):
+            read = maker._about_documents(rng, False).read
+            assert not any(f'source="T">\n{bodies[n]}' in read for n in numbers)
+
+
+def test_renamed_words_are_the_same_everywhere(maker: Maker) -> None:
+    text = "A parser reads tokens. Parsers that read a token twice are slow; parsing is not."
+    rename = _Renaming(Random(2), ["zebra", "quartz", "violin", "copper"])
+    rename._share = 1.0
+    other = rename(text)
+    words, others = text.replace(";", "").split(), other.replace(";", "").split()
+    assert len(words) == len(others)
+    named = dict(zip(words, others, strict=True))
+    assert named["parser"].lower() + "s" == named["Parsers"].lower()
+    assert named["parser"].removesuffix("er") + "ing" == named["parsing"]
+    assert named["token"] + "s." == named["tokens."]
+    assert named["A"] == "A"
+    assert named["Parsers"][0].isupper()
+    assert "parser" not in other.lower()
+    assert rename(text) == other
+
+
+def test_documents_are_learnt_less_and_less_by_heart() -> None:
+    weights = [context_weight(n / 100, 0.1) for n in range(101)]
+    assert weights[0] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(weights))
+    assert weights[35:] == [pytest.approx(0.01)] * 66
+
+
+def test_a_window_stays_in_its_paragraph() -> None:
+    passage = make_passage(
+        "g", "T", "T", ["One a. Two b. Three c. Four d. Five e. Six f.", "Seven g."]
+    )
+    assert passage.window(0) == "One a. Two b. Three c. Four d."
+    assert passage.window(3) == "Four d. Five e. Six f."
+    assert passage.window(5) == "Five e. Six f."
+    assert passage.window(6) == "Seven g."
+    assert passage.window(1, 2) == "Two b. Three c."
 
 
 def test_tasks_have_their_answer_in_the_prompt_and_held_out_ones_stay_apart() -> None:
@@ -393,7 +441,7 @@ def test_large_weights_are_cut_into_small_files(tokenizer: Path, tmp_path: Path)
     assert set(index["weight_map"].values()) == {f.name for f in files}
 
 
-def test_probe_reads_citations_and_refusals(tokenizer: Path, tmp_path: Path) -> None:
+def test_probe_reads_citations_and_refusals(maker: Maker, tokenizer: Path, tmp_path: Path) -> None:
     passages = [make_passage("g", "T", "T", [f"Fact {n} here."]) for n in range(3)]
     rows = []
     for right, question in (([2], "Why?"), ([1], "为什么？"), ([], "What else?")):
@@ -403,9 +451,13 @@ def test_probe_reads_citations_and_refusals(tokenizer: Path, tmp_path: Path) -> 
         rows.append({"messages": messages, "right": right, "answerable": bool(right), "set": "x"})
     file = tmp_path / "probe.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    probe = Probe.read(file, tokenizer)
+    probe = Probe(tokenizer)
+    probe.read(file)
+    probe.make(maker, 4)
     figures = probe.measure(Decoder(Shape(**TOY)), torch.device("cpu"))
-    assert set(figures) == {"cite x", "false refusal x", "refusal x"}
+    measured = {name.split(" ", 1)[1] for name in figures if name.startswith("cite ")}
+    assert measured == {"x", "documents", "documents zh"}
+    assert {"refusal x", "false refusal x"} <= set(figures)
     assert all(0.0 <= figure <= 1.0 for figure in figures.values())
 
 
