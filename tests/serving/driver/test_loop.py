@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +35,6 @@ from serving.messages import (
     Submit,
     ToStage,
 )
-from serving.process import make_group_directory, remove_group_directory
 from tests.serving.driver.fake import expected_output
 from tests.serving.driver.threads import Client, StageThread
 
@@ -44,15 +42,10 @@ PROMPT = [3, 1, 4, 1, 5]
 
 
 @pytest.fixture
-def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    monkeypatch.setattr(group, "Child", StageThread)
-    monkeypatch.setattr(group, "_SETTLE_SECONDS", 0.05)
-    monkeypatch.setenv("LECTERN_HOME", str(tmp_path))
+def directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     behave(monkeypatch, lambda spec, message: None)
-    made = make_group_directory()
-    yield made
-    remove_group_directory(made)
+    return directory
 
 
 def behave(monkeypatch: pytest.MonkeyPatch, how: object) -> None:

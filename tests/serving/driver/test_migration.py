@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.core import Layout, SamplingParams, StepPlan
-from serving.driver import group, loop, timings
+from serving.driver import loop, timings
 from serving.driver.balance import Balancer
 from serving.driver.migration import Migration
 from serving.messages import (
@@ -29,7 +28,6 @@ from serving.messages import (
     Submit,
     ToStage,
 )
-from serving.process import make_group_directory, remove_group_directory
 from tests.serving.driver.fake import expected_output
 from tests.serving.driver.threads import Client, StageThread
 
@@ -144,16 +142,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-@pytest.fixture
-def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    monkeypatch.setattr(group, "Child", StageThread)
-    monkeypatch.setattr(group, "_SETTLE_SECONDS", 0.05)
-    monkeypatch.setenv("LECTERN_HOME", str(tmp_path))
-    made = make_group_directory()
-    yield made
-    remove_group_directory(made)
-
-
 def moved(client: Client) -> LayersMoved:
     message = client.until(lambda one: isinstance(one, LayersMoved))
     assert isinstance(message, LayersMoved)
@@ -207,10 +195,8 @@ def test_a_death_in_a_move_leaves_a_whole_layout_and_every_token(
             return None
         copying = isinstance(message, MoveLayers)
         switched = isinstance(message, StepPlan) and message.epoch == 1
-        if (copying and when == "copying") or (switched and when == "settling"):
-            killed.set()
-            return "die"
-        if switched and message.number > 20 and when == "after":  # type: ignore[union-attr]
+        later = isinstance(message, StepPlan) and switched and message.number > 20
+        if {"copying": copying, "settling": switched, "after": later}[when]:
             killed.set()
             return "die"
         return None

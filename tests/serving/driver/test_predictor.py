@@ -245,11 +245,17 @@ def test_numbers_that_come_again_do_not_meet_what_was_sent_before() -> None:
     assert one.predictors[0].seen == 0
 
 
-def test_a_late_report_is_learnt_with_the_layers_of_its_time() -> None:
+def test_a_late_report_is_learnt_with_the_layers_of_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     slots = FakeEngine().scheduler.slots
     one = StepTimings(Layout.of_counts([4, 4]))
     seen: list[int | None] = []
-    one.predictors[0].observe = lambda step, seconds, layers=None: seen.append(layers)  # type: ignore[method-assign]
+
+    def observe(step: StepFeatures, seconds: float, layers: int | None = None) -> None:
+        seen.append(layers)
+
+    monkeypatch.setattr(one.predictors[0], "observe", observe)
     for number in (7, 8, 9):
         one.sent(batch(number, [0]), slots)
     one.relayout(9, Layout(1, [0, 6, 8]))

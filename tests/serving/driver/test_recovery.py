@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 
 from serving.config.engine import ORDERS
 from serving.core import Layout, MicroBatch, SamplingParams, StepPlan
-from serving.driver import group
 from serving.driver.recovery import Deaths, check_progress
 from serving.errors import ConfigError, EngineDeadError, LecternError, ModelError
 from serving.messages import (
@@ -30,22 +29,11 @@ from serving.messages import (
     Submit,
     ToStage,
 )
-from serving.process import make_group_directory, remove_group_directory
 from tests.serving.driver.fake import expected_output
 from tests.serving.driver.threads import Client, StageThread
 
 #: Plans of the request that every new group does first.
 WARM_UP = 3
-
-
-@pytest.fixture
-def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    monkeypatch.setattr(group, "Child", StageThread)
-    monkeypatch.setattr(group, "_SETTLE_SECONDS", 0.05)
-    monkeypatch.setenv("LECTERN_HOME", str(tmp_path))
-    made = make_group_directory()
-    yield made
-    remove_group_directory(made)
 
 
 Message = ToStage | None
