@@ -25,8 +25,8 @@ class Shape:
     """Sizes of the model, in elements; `context` in tokens."""
 
     vocabulary: int = 12_032
-    hidden: int = 320
-    layers: int = 8
+    hidden: int = 256
+    layers: int = 11
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64
