@@ -32,6 +32,7 @@ from serving.demo_model.training.questions import (
     ask_across,
     ask_chinese,
     ask_english,
+    reworded,
 )
 from serving.demo_model.training.tasks import KINDS, make_task
 
@@ -107,12 +108,12 @@ class Maker:
             across = near.across[:, 1].tolist()
             self._pairs_across = [n for n, a in enumerate(across) if a in self._allowed]
         self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
-            (0.26, self._documentation),
+            (0.23, self._documentation),
             (0.15, self._documentation_in_chinese),
             (0.15, self._near if self._pairs else self._documentation),
             (0.10, self._facts),
             (0.04, self._messages if corpus.runs else self._facts),
-            (0.06, self._lecture),
+            (0.09, self._lecture),
             (0.05, self._random_words),
             (0.12, self._task),
             (0.03, self._talk),
@@ -298,6 +299,8 @@ class Maker:
                     self.lexicon.chinese(w, rng) if len(w) > 1 and rng.random() < 0.25 else w
                     for w in words
                 )
+            elif not chinese and rng.random() < 0.4:
+                question = " ".join(reworded(question.split(), rng, self.lexicon, 0.2, 0.05))
         else:
             chinese = target.chinese
             number = rng.randrange(len(target.spans))

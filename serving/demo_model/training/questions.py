@@ -74,7 +74,7 @@ def ask_english(
     if len(words) > 14:
         start = rng.randrange(len(words) - 9)
         words = words[start : start + rng.randint(8, 14)]
-    told = " ".join(_reworded(words, rng, lexicon, swap, drop=0.12))
+    told = " ".join(reworded(words, rng, lexicon, swap, drop=0.12))
     told = told.strip(" .,;:`") or sentence
     if rng.random() < 0.3:
         told = _as_student(told)
@@ -111,9 +111,10 @@ def _about_english(
     return rng.choice(_ABOUT_EN).format(x=x)
 
 
-def _reworded(
+def reworded(
     words: Sequence[str], rng: Random, lexicon: Lexicon, swap: float, drop: float
 ) -> list[str]:
+    """Return the words with some of them put otherwise and some left out."""
     made = []
     for word in words:
         bare = word.strip("`'\",.;:()")
