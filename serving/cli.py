@@ -131,6 +131,13 @@ MovableLayers = Annotated[
         "both stages hold their weights and keep room for their KV."
     ),
 ]
+ProfileSeconds = Annotated[
+    float,
+    typer.Option(
+        help="Where --order slo, --max-predicted-ttft or --layer-rebalance auto depend on step "
+        "times of which none are kept yet: seconds for measuring them at start; 0: none."
+    ),
+]
 PageSize = Annotated[int, typer.Option(help="Tokens in one KV page, a power of two.")]
 Seed = Annotated[
     int, typer.Option(help="Seed of random weights (--load-format dummy); requests have their own.")
@@ -248,6 +255,7 @@ def serve(
     layer_layout: LayerLayout = "",
     layer_rebalance: LayerRebalance = _DEFAULTS.layer_rebalance,
     movable_layers: MovableLayers = _DEFAULTS.movable_layers,
+    profile_seconds: ProfileSeconds = _DEFAULTS.profile_seconds,
     page_size: PageSize = 16,
     enable_prefix_caching: Annotated[
         bool,
@@ -303,6 +311,7 @@ def serve(
             layer_layout=parse_layout(layer_layout),
             layer_rebalance=parse_rebalance(layer_rebalance, pipeline_parallel_size),
             movable_layers=movable_layers,
+            profile_seconds=profile_seconds,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
             order=order,

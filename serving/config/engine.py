@@ -35,7 +35,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     `devices` names one torch device a rank, those of stage 0 first. `threads` is the number of
     compute threads a rank; by default the cores are shared out. `step_timeout` seconds without a
     result of a running micro-batch mean that a stage hangs. `transport` links stages on GPUs: auto
-    is peer where the machine allows it, else nccl. `record_steps` tells the client of every
+    is peer where the machine allows it, else nccl. Where anything depends on predicted step times
+    and none are kept from an earlier run, they are measured at start for about `profile_seconds`
+    (0: they are learnt from the work alone). `record_steps` tells the client of every
     micro-batch when each stage worked on it.
     """
 
@@ -75,6 +77,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     transport: Literal["auto", "peer", "nccl"] = "auto"
     threads: int | None = None
     step_timeout: float = 600.0
+    profile_seconds: float = 3.0
     record_steps: bool = False
 
     def __post_init__(self) -> None:
@@ -130,6 +133,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
             )
         if self.devices is not None:
             _check_devices(self.devices, stages, self.tensor_parallel_size)
+        _check_float(self.profile_seconds, 0.0, 600.0, "--profile-seconds")
         _check_choice(self.layer_rebalance, ("off", "asked", "auto"), "--layer-rebalance")
         _check_int(self.movable_layers, 1, 1024, "--movable-layers")
         layout = self.layer_layout

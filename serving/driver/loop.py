@@ -14,9 +14,10 @@ from serving.driver.completion import Completion
 from serving.driver.group import StageGroup
 from serving.driver.limits import resolve_limits
 from serving.driver.migration import Migration
-from serving.driver.recovery import Deaths, check_pages, check_progress, warm_up
+from serving.driver.recovery import Deaths, check_pages, check_progress
 from serving.driver.scheduler import Scheduler
 from serving.driver.timings import StepTimings
+from serving.driver.trial import Trial
 from serving.errors import EngineDeadError
 from serving.messages import (
     Abort,
@@ -322,7 +323,10 @@ class Driver:
         """Let a group that has loaded make its pages and do one request, then all that wait."""
         limits, group = self._limits, self._group
         group.wait_started(limits.num_pages, limits.max_model_len)
-        self._scheduler.begin(warm_up(group, self._spec, limits))
+        trial = Trial(group, self._spec, limits)
+        trial.warm_up()
+        self._learn_times(trial)
+        self._scheduler.begin(trial.scheduler)
         self._timings.forget_sent()
         self._stages = [StageSeconds() for _ in range(group.layout.num_stages)]
         self._poller = zmq.Poller()
@@ -333,6 +337,18 @@ class Driver:
         self._ends = {child.fileno() for child in group.children}
         self._untold = True
         self.tell(Ready(limits.num_pages, limits.max_model_len))
+
+    def _learn_times(self, trial: Trial) -> None:
+        """Where something depends on step times of which nothing is known yet."""
+        seconds = self._spec.config.profile_seconds
+        needed = self._looks_ahead or self._balancer is not None
+        if not needed or self._timings.known or not seconds or self._measured is None:
+            return
+        self._tell_progress(f"measuring step times for {seconds:g} s")
+        began = time.monotonic()
+        steps = trial.measure(self._timings, seconds)
+        self._timings.save(*self._measured, least=1)
+        self._tell_progress(f"learnt from {steps} steps in {time.monotonic() - began:.1f} s")
 
     def _recover(self, death: EngineDeadError) -> None:
         """Replace the stages and put all that is unfinished back into the queue.

@@ -1,4 +1,4 @@
-"""New stages in the place of dead ones: how often, and what they do before they get any work.
+"""New stages in the place of dead ones: how often.
 
 What becomes of the requests is decided in `Scheduler.begin` (`serving/driver/scheduler.py`).
 """
@@ -8,16 +8,9 @@ from __future__ import annotations
 import time
 from collections import deque
 
-import numpy as np
-
 from serving.config.engine import EngineConfig
-from serving.core import MicroBatch, Request, SamplingParams
-from serving.driver.completion import Completion
-from serving.driver.group import StageGroup
-from serving.driver.limits import Limits
-from serving.driver.scheduler import Scheduler
+from serving.core import MicroBatch
 from serving.errors import ConfigError, EngineDeadError
-from serving.messages import DriverSpec, StepResult
 
 #: A GPU's free memory is never quite the same twice; what is spared there is far more than this.
 _PAGES_SLACK = 0.02
@@ -69,35 +62,3 @@ def check_progress(flight: deque[MicroBatch], step_timeout: float) -> None:
             f"A micro-batch has not come back for {waited:.0f} s, so a stage hangs; raise "
             "--step-timeout if steps may really take that long."
         )
-
-
-def warm_up(group: StageGroup, spec: DriverSpec, limits: Limits) -> Scheduler:
-    """One short request through every stage, prefill and decode, before any other.
-
-    It has a scheduler of its own, so that those who wait already do not mix with it; the engine's
-    scheduler goes on from there.
-    """
-    scheduler = Scheduler(spec.config, limits.num_pages, limits.max_model_len)
-    scheduler.epoch = group.layout.epoch
-    completion = Completion(scheduler, spec.eos_token_ids)
-    prompt = np.zeros(min(4, limits.max_model_len - 1), dtype="<i4")
-    steps = min(3, limits.max_model_len - len(prompt))
-    request = Request(
-        stream=0,
-        prompt=prompt.tobytes(),
-        params=SamplingParams(max_tokens=steps, seed=0, ignore_eos=True),
-        max_tokens=steps,
-    )
-    scheduler.submit(request, time.monotonic())
-    while scheduler.streams or scheduler.in_flight:
-        choice = scheduler.choose(time.monotonic())
-        if choice is not None:
-            batch, plan = choice
-            batch.sent_at = time.monotonic()
-            group.send_plan(plan)
-            continue
-        for message in group.wait(spec.config.step_timeout):
-            if isinstance(message, StepResult):
-                completion.finish(message)
-        check_progress(scheduler.in_flight, spec.config.step_timeout)
-    return scheduler

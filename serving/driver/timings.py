@@ -44,6 +44,23 @@ class StepTimings:
         """Mean relative error of each stage's predictions, None where there was none yet."""
         return [predictor.error for predictor in self.predictors]
 
+    @property
+    def known(self) -> bool:
+        """Whether every stage's times can be predicted."""
+        return all(predictor.known for predictor in self.predictors)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are micro-batches whose times some stage has not told."""
+        return bool(self._pending)
+
+    def settle(self) -> None:
+        """Take what was learnt so far as a beginning: errors count from now on, and micro-batches
+        of a trial say nothing about the load."""
+        for predictor in self.predictors:
+            predictor.error = None
+        self.window.clear()
+
     def sent(self, batch: MicroBatch, slots: SlotTable) -> None:
         """A micro-batch was chosen just now."""
         if len(self._pending) >= _MOST_PENDING:  # no stage reports times
@@ -67,7 +84,7 @@ class StepTimings:
 
     def slowest(self, features: StepFeatures) -> float | None:
         """Predicted seconds of the slowest stage; None while nothing is known of some stage."""
-        if all(predictor.known for predictor in self.predictors):
+        if self.known:
             return max(predictor.predict(features) for predictor in self.predictors)
         return self._between.predict(features) if self._between.known else None
 
@@ -113,16 +130,17 @@ class StepTimings:
                 any_found = True
         return any_found
 
-    def save(self, model: str, devices: list[str], dtype: str) -> None:
-        """Keep what was learnt. A device of several stages is written by the one that saw most;
-        the head's part comes from the last stage, or stays as it was where that one is elsewhere.
+    def save(self, model: str, devices: list[str], dtype: str, least: int = _WORTH_KEEPING) -> None:
+        """Keep what stages learnt that saw at least so many steps. A device of several stages
+        is written by the one that saw most; the head's part comes from the last stage, or stays as
+        it was where that one is elsewhere.
         A disk that cannot be written costs only this.
         """
         for device in dict.fromkeys(devices):
             stages = [
                 predictor
                 for predictor, its in zip(self.predictors, devices, strict=True)
-                if its == device and predictor.seen >= _WORTH_KEEPING
+                if its == device and predictor.seen >= least
             ]
             if not stages:
                 continue

@@ -189,6 +189,7 @@ class Client:
             "max_num_batched_tokens": 64,
             "num_kv_pages": 40,
             "threads": 1,
+            "profile_seconds": 0.0,
         }
         config = EngineConfig(model=Path("fake"), **(defaults | settings))  # type: ignore[arg-type]
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
