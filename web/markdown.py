@@ -13,18 +13,20 @@ import re
 from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
+#: How a link in angle brackets begins: its scheme.
+_ANGLE = r"<[a-zA-Z][a-zA-Z0-9+.-]{1,31}:"
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 # Code spans and formulas, which are copied unchanged, and links in angle brackets: the one that
 # begins first wins. Each alternative is linear: the content classes exclude the delimiter, or are
 # bounded to one line.
 _SPAN = re.compile(
     r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)|\$\$[^$]+\$\$|(?<!\\)\$[^$\n]+\$"
-    r"|<[a-zA-Z][a-zA-Z0-9+.-]{1,31}:[^<>\s]*>"
+    rf"|{_ANGLE}[^<>\s]*>"
 )
 _IMAGE = re.compile(r"!\[([^\[\]\n]*)\]\(\s*<?([^()\s<>]*)>?[^()\n]*\)")
 _LINK = re.compile(r"(?<!!)\[([^\[\]\n]+)\]\(\s*<?([^()\s<>]*)>?[^()\n]*\)")
-_AUTOLINK = re.compile(r"<([a-zA-Z][a-zA-Z0-9+.-]{1,31}:[^<>\s]*)>")
-_LINK_LIKE = re.compile(r"\][(:]|<[a-zA-Z][a-zA-Z0-9+.-]{1,31}:")
+_AUTOLINK = re.compile(rf"{_ANGLE}[^<>\s]*>")
+_LINK_LIKE = re.compile(rf"\][(:]|{_ANGLE}")
 _CITATION = re.compile(r"(?<![\\!])\[(\d{1,3}(?:\s?[,，、]\s?\d{1,3}){0,9})\](?!\()")
 _NUMBER = re.compile(r"\d+")
 
@@ -78,7 +80,8 @@ def _disarmed(prose: str) -> str:
 
 
 def _autolink(match: re.Match[str]) -> str:
-    return match[0] if link_host(match[1]) else match[1].replace(":", "\\:", 1)
+    address = match[0][1:-1]
+    return match[0] if link_host(address) else address.replace(":", "\\:", 1)
 
 
 def _prose(part: str) -> str:
