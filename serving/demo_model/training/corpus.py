@@ -25,10 +25,11 @@ _ROOT = Path(__file__).parents[3]
 NEAR = "near.npz"
 #: Own prose that is read, beside docstrings. The sample course and the tests are never read.
 OWN_TEXTS = ("README.md", "README.zh-CN.md", "docs/architecture.md")
-LECTURES = tuple(Path(__file__).with_name(n) for n in ("lectures.txt", "lectures_en.txt"))
 OWN_CODE = ("serving", "backend", "rag", "monitoring", "deploy", "web")
 _SENTENCE_EN = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`\"'(\[])")
 _SENTENCE_ZH = re.compile(r"(?<=[。！？；])")
+#: The points of a list begin a sentence too.
+_POINT = re.compile(r"\n(?=(?:-|\d+[.)]) )")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,10 @@ class Passage:
 def make_passage(
     group: str, title: str, heading: str, paragraphs: Sequence[str], code: str = ""
 ) -> Passage:
-    """Put paragraphs together and find their sentences."""
+    """Put paragraphs together and find their sentences.
+
+    A paragraph may be a list whose points are lines that begin with a dash or a number.
+    """
     body = ""
     spans: list[tuple[int, int]] = []
     numbers: list[int] = []
@@ -90,7 +94,7 @@ def make_passage(
         body += ("\n\n" if body else "") + paragraph
         place = len(body) - len(paragraph)
         cut = _SENTENCE_ZH if HAN.search(paragraph) else _SENTENCE_EN
-        for sentence in cut.split(paragraph):
+        for sentence in (s for point in _POINT.split(paragraph) for s in cut.split(point)):
             if sentence.strip():
                 start = body.index(sentence, place)
                 spans.append((start, start + len(sentence)))
@@ -213,26 +217,6 @@ def _sections(row: dict[str, Any]) -> list[Passage]:
         if len(paragraph) <= 1000:
             kept.append(paragraph)
     put()
-    return made
-
-
-@dataclass(frozen=True, slots=True)
-class Lecture:
-    """A short text of our own, and questions: (number of the sentence, question)."""
-
-    passage: Passage
-    asked: tuple[tuple[int, str], ...]
-
-
-def lectures() -> list[Lecture]:
-    """Read lectures: a heading, a paragraph, and lines with ?, a sentence's number, a question."""
-    made = []
-    blocks = [b for file in LECTURES for b in file.read_text("utf-8").split("# ")[1:]]
-    for block in blocks:
-        heading, text, *asked = block.strip().split("\n")
-        rows = [line.removeprefix("?").split(" ", 1) for line in asked]
-        passage = make_passage("lectures", heading, heading, [text])
-        made.append(Lecture(passage, tuple((int(n) - 1, question) for n, question in rows)))
     return made
 
 

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 from serving.demo_model.training import frames, prompts
@@ -14,10 +15,10 @@ from serving.demo_model.training.corpus import (
     Passage,
     Search,
     content,
-    lectures,
     make_passage,
 )
 from serving.demo_model.training.dialogue import talk
+from serving.demo_model.training.lectures import lectures
 from serving.demo_model.training.lexicon import (
     HAN,
     STOPWORDS,
@@ -90,7 +91,9 @@ class Maker:
         self.corpus = corpus
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
         self.search = Search(corpus.passages)
-        self._lectures = lectures()
+        own = [n for n in lectures() if _is_held_out(n.passage) == held_out] or list(lectures())
+        self._lectures = [n for n in own if n.asked]
+        self._notes = Search([n.passage for n in self._lectures])
         self._characters = common_characters()
         rare = math.log(max(len(corpus.passages), 2) / 20)
         words = sorted(w for w in self.search.weight if w.isalpha() and w.isascii())
@@ -108,12 +111,12 @@ class Maker:
             across = near.across[:, 1].tolist()
             self._pairs_across = [n for n, a in enumerate(across) if a in self._allowed]
         self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
-            (0.23, self._documentation),
-            (0.15, self._documentation_in_chinese),
-            (0.15, self._near if self._pairs else self._documentation),
-            (0.10, self._facts),
-            (0.04, self._messages if corpus.runs else self._facts),
-            (0.09, self._lecture),
+            (0.19, self._documentation),
+            (0.12, self._documentation_in_chinese),
+            (0.12, self._near if self._pairs else self._documentation),
+            (0.08, self._facts),
+            (0.03, self._messages if corpus.runs else self._facts),
+            (0.22, self._lecture),
             (0.05, self._random_words),
             (0.12, self._task),
             (0.03, self._talk),
@@ -133,8 +136,9 @@ class Maker:
         found: dict[str, Callable[[Random], Example]] = {
             "documents": self._documentation,
             "documents zh": self._documentation_in_chinese,
+            "lectures": partial(self._lecture, varied=False),
         }
-        return found | ({"near": self._near} if self._pairs else {})
+        return found | ({"near": self._near_sentences} if self._pairs else {})
 
     # Documentation: English passages, with other passages of the same documents as wrong ones.
 
@@ -230,12 +234,14 @@ class Maker:
     # Sentences that say nearly the same: the question is made from one, the other answers it.
 
     def _near(self, rng: Random) -> Example:
+        if self.corpus.near is not None and len(self.corpus.near.messages) and rng.random() < 0.25:
+            return self._messages(rng, alike=True)
+        return self._near_sentences(rng)
+
+    def _near_sentences(self, rng: Random) -> Example:
         near = self.corpus.near
         assert near is not None
-        kind = rng.random()
-        if kind < 0.25 and len(near.messages):
-            return self._messages(rng, alike=True)
-        if kind < 0.4 and self._pairs_across:
+        if rng.random() < 0.2 and self._pairs_across:
             first, number, place = near.across[rng.choice(self._pairs_across)].tolist()
             asked, chinese = self.corpus.pairs[first], True
             question = ask_chinese(asked[1], rng, self.lexicon, 0.3)
@@ -284,24 +290,20 @@ class Maker:
         asked = _Asked(question, ask_in_chinese, target, target.window(place, 3), wrong)
         return self._put(rng, asked)
 
-    # Own short lectures with questions as a student would ask them.
+    # Own lecture notes with questions as a student would ask them.
 
-    def _lecture(self, rng: Random) -> Example:
+    def _lecture(self, rng: Random, varied: bool = True) -> Example:
+        """Ask about a section, beside others of its document and others with its words.
+
+        `varied`: some words of the question are others, some questions are made by rule, and a
+        sentence of the section may be missing.
+        """
+        notes = self._notes
         place = rng.randrange(len(self._lectures))
-        lecture = self._lectures[place]
-        target = lecture.passage
-        if rng.random() < 0.6:
-            number, question = rng.choice(lecture.asked)
-            chinese = bool(HAN.search(question))
-            if chinese and rng.random() < 0.6:
-                words = self.lexicon.chinese_words(question)
-                question = "".join(
-                    self.lexicon.chinese(w, rng) if len(w) > 1 and rng.random() < 0.25 else w
-                    for w in words
-                )
-            elif not chinese and rng.random() < 0.4:
-                question = " ".join(reworded(question.split(), rng, self.lexicon, 0.2, 0.05))
-        else:
+        target = notes.passages[place]
+        number, question = rng.choice(self._lectures[place].asked)
+        chinese = bool(HAN.search(question))
+        if varied and rng.random() < 0.15:
             chinese = target.chinese
             number = rng.randrange(len(target.spans))
             sentence = target.sentence(number)
@@ -310,17 +312,29 @@ class Maker:
                 if chinese
                 else ask_english(sentence, rng, self.lexicon, self.search.weight, 0.4)
             )
-        if len(target.spans) > 2 and rng.random() < 0.4:
+        elif varied and rng.random() < 0.4:
+            question = self._in_other_words(rng, question, chinese)
+        alike = notes.rank(content(question) | content(target.sentence(number)), rng, 6)
+        beside = notes.groups[target.group]
+        if varied and len(target.spans) > 2 and rng.random() < 0.4:
             gone = rng.choice([n for n in range(len(target.spans)) if n != number])
             target = target.without(gone)
             number -= gone < number
-        others = [n for n in range(len(self._lectures)) if n != place]
-        near = [n for n in others if abs(n - place) < 4]
-        chosen = [*rng.sample(near, 3), *rng.sample(others, 5)]
-        wrong = [self._lectures[n].passage for n in dict.fromkeys(chosen)]
-        if rng.random() < 0.3:
+        others = [*rng.sample(beside, min(6, len(beside))), *rng.sample(alike, min(3, len(alike))),
+                  *rng.choices(range(len(self._lectures)), k=3)]  # fmt: skip
+        rng.shuffle(others)
+        wrong = [notes.passages[n] for n in dict.fromkeys(others) if n != place]
+        if rng.random() < 0.1:
             wrong.append(frames.passage(rng, self.lexicon, True)[0])
         return self._put(rng, _Asked(question, chinese, target, target.window(number), wrong))
+
+    def _in_other_words(self, rng: Random, question: str, chinese: bool) -> str:
+        if not chinese:
+            return " ".join(reworded(question.split(), rng, self.lexicon, 0.2, 0.05))
+        return "".join(
+            self.lexicon.chinese(w, rng) if len(w) > 1 and rng.random() < 0.25 else w
+            for w in self.lexicon.chinese_words(question)
+        )
 
     # Random words: nothing but their identity tells which passage is meant. Every token of the
     # vocabulary is looked for in this way, also those that other texts hardly use.
@@ -459,8 +473,8 @@ class Maker:
             frames.passage(rng, self.lexicon, rng.random() < 0.5)[0]
             for _ in range(rng.choice((0, 2, 3, 4, 6)))
         ]
-        if shown and rng.random() < 0.4 and self.search.passages:
-            shown[0] = rng.choice(self.search.passages)
+        if shown and rng.random() < 0.4 and self._numbers:
+            shown[0] = self.search.passages[rng.choice(self._numbers)]
         turns = self._before(rng, chinese)
         turns.append(prompts.question_turn(said, shown, chinese))
         if rng.random() < 0.2:

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from serving.demo_model.training.corpus import Corpus, lectures
+from serving.demo_model.training.corpus import Corpus
 from serving.demo_model.training.dialogue import TALKS
 from serving.demo_model.training.frames import FRAMES
+from serving.demo_model.training.lectures import lectures
 from serving.demo_model.training.lexicon import GLOSSARY, PARAPHRASES, read_rows
 
 _COURSE = Path(__file__).parents[3] / "rag" / "sample_course"

@@ -15,8 +15,9 @@ from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from serving.demo_model.training.corpus import Corpus, lectures
+from serving.demo_model.training.corpus import Corpus
 from serving.demo_model.training.examples import Maker
+from serving.demo_model.training.lectures import lectures
 from serving.demo_model.training.lexicon import common_characters
 from serving.demo_model.training.prompts import END_OF_TEXT, TURN_END, TURN_START
 from serving.demo_model.vocabulary import write_tokenizer

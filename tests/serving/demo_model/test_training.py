@@ -166,6 +166,24 @@ def test_held_out_documents_are_shown_by_no_other_maker() -> None:
         for _ in range(60):
             read = maker._about_documents(rng, False).read
             assert not any(f'source="T">\n{bodies[n]}' in read for n in numbers)
+    hidden = [bodies[n] for n in other._numbers]
+    for _ in range(600):  # small talk, asides, lectures and all others
+        made = usual.example(rng)
+        assert not any(body in made.read for body in hidden)
+
+
+def test_held_out_lectures_are_shown_by_no_other_maker(maker: Maker) -> None:
+    other = Maker(maker.corpus, held_out=True)
+    mine = {lecture.passage.group for lecture in maker._lectures}
+    theirs = {lecture.passage.group for lecture in other._lectures}
+    assert theirs
+    assert not mine & theirs
+    probed = other.on_documents()["lectures"]
+    rng = Random(0)
+    for _ in range(60):
+        shown = probed(rng).read
+        assert any(lecture.passage.heading in shown for lecture in other._lectures)
+        assert not any(lecture.passage.body in shown for lecture in maker._lectures)
 
 
 def test_renamed_words_are_the_same_everywhere(maker: Maker) -> None:
@@ -453,10 +471,10 @@ def test_probe_reads_citations_and_refusals(maker: Maker, tokenizer: Path, tmp_p
     file.write_text("\n".join(json.dumps(row) for row in rows))
     probe = Probe(tokenizer)
     probe.read(file)
-    probe.make(maker, 4)
+    probe.make(maker, 8)
     figures = probe.measure(Decoder(Shape(**TOY)), torch.device("cpu"))
     measured = {name.split(" ", 1)[1] for name in figures if name.startswith("cite ")}
-    assert measured == {"x", "documents", "documents zh"}
+    assert measured == {"x", "documents", "documents zh", "lectures"}
     assert {"refusal x", "false refusal x"} <= set(figures)
     assert all(0.0 <= figure <= 1.0 for figure in figures.values())
 
