@@ -1,5 +1,6 @@
 """The supervisor, with small real processes: start, restart, stop, and leave nothing behind."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -94,6 +95,9 @@ def supervisor(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     process.kill()
     process.wait()
     process.stdout.close()
+    for pid in (pid for pids in pids_in(mark) for pid in pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_stop_ends_the_whole_process_group(
