@@ -121,7 +121,7 @@ LayerRebalance = Annotated[
     str,
     typer.Option(
         help="auto lets layers move between stages while requests run, when that is predicted to "
-        "make the slowest stage faster; off keeps the layout. Between stages on the CPU so far."
+        "make the slowest stage faster; off keeps the layout."
     ),
 ]
 MovableLayers = Annotated[

@@ -319,3 +319,18 @@ class Layout(msgspec.Struct, frozen=True):
         """The layers that a stage may come to own in that way: it holds weights and KV for all."""
         windows = self.windows(movable)
         return range(windows[stage][0], windows[stage + 1][-1])
+
+    def residents(self, layer: int, movable: int) -> list[int]:
+        """The stages that may come to own a layer."""
+        return [n for n in range(self.num_stages) if layer in self.resident(n, movable)]
+
+    def pieces(self, stage: int, movable: int) -> list[range]:
+        """The resident layers of a stage, in runs that it owns or lacks as a whole: those that it
+        never gives away, and every other one by itself."""
+        windows = self.windows(movable)
+        resident = self.resident(stage, movable)
+        kept = range(windows[stage][-1], windows[stage + 1][0])
+        if not kept:
+            kept = range(resident.start, resident.start)
+        alone = [range(n, n + 1) for n in resident if n not in kept]
+        return sorted([*alone, *([kept] if kept else [])], key=lambda piece: piece.start)

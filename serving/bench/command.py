@@ -170,11 +170,19 @@ def bench(
         str, typer.Option(help="Layers of each stage, such as 10,9,9,8.", show_default=False)
     ] = "",
     layer_rebalance: Annotated[
-        str, typer.Option(help="off, or auto to let layers move between stages on the CPU.")
+        str, typer.Option(help="off, or auto to let layers move between stages.")
     ] = "off",
     movable_layers: Annotated[
         int, typer.Option(help="Layers by which a bound between two stages may move.")
     ] = 2,
+    move_every: Annotated[
+        float,
+        typer.Option(
+            help="For --load: move a layer between the two middle stages and back every so many "
+            "seconds; the row tells how long moves take and the longest wait between two tokens.",
+            show_default=False,
+        ),
+    ] = 0,
     page_size: Annotated[int, typer.Option(help="Tokens in one KV page.")] = 16,
     threads: Annotated[
         int, typer.Option(help="Compute threads of each rank; 0: the cores are shared out.")
@@ -219,6 +227,7 @@ def bench(
     Prefills of a few lengths are then timed alone, for `own`; the first order's times count for
     all.
     """
+    from serving.bench.moves import ForcedMoves
     from serving.bench.settings import Settings, TraceSettings
     from serving.bench.targets import BenchError
     from serving.bench.timeline import Picture
@@ -250,6 +259,11 @@ def bench(
                 f"--timeline draws one run of an engine in this process; leave {other}.",
                 "--timeline",
             )
+        if move_every:
+            ForcedMoves.check(
+                move_every, pipeline_parallel_size, layer_rebalance, other=bool(url or trace)
+            )
+            rebalance = "asked"
         picture = Picture.asked(timeline, timeline_window, len(loads or order or ["fcfs"]))
     except ConfigError as refused:
         fail(refused)
@@ -264,6 +278,7 @@ def bench(
         seed=seed,
         kv_memory=kv_memory,
         picture=picture,
+        move_every=move_every,
         engine={
             "pipeline_parallel_size": pipeline_parallel_size,
             "tensor_parallel_size": tensor_parallel_size,
@@ -316,6 +331,7 @@ def bench(
 async def _bench(settings: Settings) -> None:
     from serving.bench.loads import context_needed, parse_load, warm_up
     from serving.bench.matmul import matmul_seconds
+    from serving.bench.moves import ForcedMoves
     from serving.bench.runner import run_load, stage_shares
     from serving.bench.settings import circumstances, kv_memory, print_row, say
     from serving.bench.targets import InProcess, Remote, Target
@@ -352,13 +368,15 @@ async def _bench(settings: Settings) -> None:
                     config.threads,
                 )
         began = time.monotonic()
-        target = await InProcess.start(config, say)
+        forced = ForcedMoves(settings.move_every) if settings.move_every else None
+        target = await InProcess.start(config, say, forced)
         say(f"The engine is ready after {time.monotonic() - began:.1f} s.")
     try:
         await run_load(target, warm_up(loads), model.vocab_size, say)
         for load in loads:
             before, began = target.stages(), time.monotonic()
-            figures = await run_load(target, load, model.vocab_size, say)
+            async with target.moving():
+                figures = await run_load(target, load, model.vocab_size, say)
             shares = stage_shares(before, target.stages())
             for stage, share in enumerate(shares):
                 parts = ", ".join(f"{kind} {part} %" for kind, part in share.items())
@@ -372,6 +390,7 @@ async def _bench(settings: Settings) -> None:
             }
             row = {**head, **figures, **circumstances(settings)}
             product = products.get(load.text)
+            row |= target.moves()
             row["stages_percent"] = shares
             row["matmul_s"] = None if product is None else round(product, 3)
             print_row(row, settings.as_json)

@@ -32,6 +32,7 @@ class Settings:
     kv_memory: str
     engine: dict[str, Any]
     picture: Picture | None = None
+    move_every: float = 0.0
 
 
 @dataclass(frozen=True)

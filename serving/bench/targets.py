@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from serving.bench.moves import ForcedMoves
 from serving.bench.recording import Recording
 from serving.bench.settings import say
 from serving.config.engine import EngineConfig
@@ -40,10 +41,11 @@ class Times:
 
 
 class _Stopwatch:
-    """Notes arrivals of tokens."""
+    """Notes arrivals of tokens; `forced` is told of the time between two."""
 
-    def __init__(self) -> None:
+    def __init__(self, forced: ForcedMoves | None = None) -> None:
         self._now = asyncio.get_running_loop().time
+        self._forced = forced
         self._first = self._last = math.nan
         self._gap = 0.0
 
@@ -53,6 +55,8 @@ class _Stopwatch:
             self._first = now
         else:
             self._gap = max(self._gap, now - self._last)
+            if self._forced is not None:
+                self._forced.gap(self._last, now)
         self._last = now
 
     def times(self) -> Times:
@@ -80,6 +84,15 @@ class Target(ABC):
         """Where each stage's time went since the start, as last reported; none from an address."""
         return []
 
+    @asynccontextmanager
+    async def moving(self) -> AsyncIterator[None]:
+        """Make layers move while the block runs, where that was asked for."""
+        yield
+
+    def moves(self) -> dict[str, Any]:
+        """What came of the last such block."""
+        return {}
+
     async def draw(self, picture: Picture, since: float, title: str) -> None:
         """Draw what the stages did since a time of time.monotonic; only of an engine in process
         that records its steps.
@@ -98,8 +111,8 @@ def check_count(got: int, wanted: int) -> None:
 class InProcess(Target):
     """The engine itself: temperature 1, `ignore_eos`, no text made of the tokens."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, forced: ForcedMoves | None = None) -> None:
+        self._engine, self._forced = engine, forced
         self.context = engine.max_model_len
         self._recording = Recording(engine.layout.num_stages)
         engine.on_steps = self._recording.take
@@ -108,16 +121,21 @@ class InProcess(Target):
         engine.on_recovery = lambda news: self._recording.forget()
 
     @classmethod
-    async def start(cls, config: EngineConfig, progress: Callable[[str], None]) -> InProcess:
+    async def start(
+        cls,
+        config: EngineConfig,
+        progress: Callable[[str], None],
+        forced: ForcedMoves | None = None,
+    ) -> InProcess:
         from serving.engine import Engine
 
-        return cls(await Engine.start(config, progress))
+        return cls(await Engine.start(config, progress), forced)
 
     async def ask(
         self, prompt: list[int], tokens_out: int, service: Service | None = None, salt: str = ""
     ) -> Times:
         params = SamplingParams(max_tokens=tokens_out, ignore_eos=True, temperature=1.0)
-        watch, got = _Stopwatch(), 0
+        watch, got = _Stopwatch(self._forced), 0
         outputs = self._engine.generate(prompt, params, cache_salt=salt, service=service)
         async with aclosing(cast(Any, outputs)) as stream:
             async for output in stream:
@@ -134,8 +152,22 @@ class InProcess(Target):
         batches = await self._recording.batches(since)
         picture.write(batches, self._layouts, title)
 
+    @asynccontextmanager
+    async def moving(self) -> AsyncIterator[None]:
+        if self._forced is None:
+            yield
+            return
+        async with self._forced.going(self._engine):
+            yield
+
+    def moves(self) -> dict[str, Any]:
+        return {} if self._forced is None else self._forced.figures()
+
     def _note_move(self, move: LayersMoved) -> None:
         self._layouts[move.epoch] = move.counts
+        if self._forced is not None:
+            self._forced.moved(move)
+            return
         say(f"{move.why} ({1000 * move.seconds:.0f} ms)")
 
     async def close(self) -> None:

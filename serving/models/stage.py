@@ -101,17 +101,17 @@ class StageModel:
     ) -> Tensor:
         """One micro-batch through this stage's layers.
 
-        hidden: [T, H] from the stage before, None on the first; kv: one tensor a layer of this
-        stage, [pages, 2, page_size, kv_heads, head_dim], written in place. Returns [T, H] with
-        the residual already added, or of these only the rows `wanted` ([R] int64): where a stage
-        is the last one, the rows that get a token. `hidden` is only read.
+        hidden: [T, H] from the layer before, None where tokens are embedded first; kv: one tensor a
+        layer of this stage, [pages, 2, page_size, kv_heads, head_dim], written in place. Returns
+        [T, H] with the residual already added, or of these only the rows `wanted` ([R] int64):
+        where a stage is the last one, the rows that get a token. `hidden` is only read.
         """
-        if self.first:
-            residual = self._embed(inputs.token_ids)
-        elif hidden is None:
-            raise ValueError("a stage after the first needs the hidden rows of the one before")
-        else:
+        if hidden is not None:
             residual = hidden
+        elif self.first:
+            residual = self._embed(inputs.token_ids)
+        else:
+            raise ValueError("a stage after the first needs the hidden rows of the one before")
         first = self.layers.start - self.resident.start
         if self._whole is not None:
             return self._whole(

@@ -14,22 +14,19 @@ waits for what it is going to read or to overwrite, and for nothing else.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from serving.core import Layout
 from serving.errors import EngineDeadError
 from serving.messages import MoveLayers
+from serving.stage.copies import KvCopies, Pages, Place, Tokens
 from serving.stage.mirror import Rows
-from serving.transport.layers import LayerLinks
-
-_CHUNK = 4 << 20  # bytes of KV in one message
 
 
 @dataclass(frozen=True)
@@ -41,20 +38,19 @@ class Route:
 
 
 @dataclass(frozen=True)
-class _Pages:
-    """Whole pages: [n] int64."""
+class _Held:
+    """All pages in use."""
 
     epoch: int
-    pages: Tensor
+    place: Pages
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What a micro-batch wrote: token `offsets[i]` of page `pages[i]`, [T] int64 each."""
+    """What a micro-batch wrote."""
 
     number: int
-    pages: Tensor
-    offsets: Tensor
+    place: Tokens
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,7 @@ class _Switched:
     epoch: int
 
 
-_What = _Pages | _Written | _Switched
-#: Index of pages, or of tokens in pages, in a layer's KV.
-_Where = tuple[Tensor] | tuple[Tensor, slice, Tensor]
+_What = _Held | _Written | _Switched
 
 
 class _Lane:
@@ -78,76 +72,63 @@ class _Lane:
     def __init__(
         self,
         name: str,
-        kv: Mapping[int, Tensor],
-        copy: Callable[[Route, Tensor, _Where], None],
+        copy: Callable[[Route, Place, object], None],
         done: Callable[[_What], None],
         failed: Callable[[str], None],
     ) -> None:
-        self._kv, self._copy, self._done, self._failed = kv, copy, done, failed
-        self._tasks: SimpleQueue[tuple[list[Route], _What]] = SimpleQueue()
+        self._copy, self._done, self._failed = copy, done, failed
+        self._tasks: SimpleQueue[tuple[list[Route], _What, object]] = SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def put(self, routes: list[Route], what: _What) -> None:
-        self._tasks.put((routes, what))
+    def put(self, routes: list[Route], what: _What, since: object = None) -> None:
+        self._tasks.put((routes, what, since))
 
     def _run(self) -> None:
         try:
             with torch.inference_mode():
                 while True:
-                    routes, what = self._tasks.get()
-                    self._do(routes, what)
+                    routes, what, since = self._tasks.get()
+                    if not isinstance(what, _Switched):
+                        for route in routes:
+                            self._copy(route, what.place, since)
                     self._done(what)
         except Exception as error:
             self._failed(str(error) or type(error).__name__)
 
-    def _do(self, routes: list[Route], what: _What) -> None:
-        for route in routes:
-            kv = self._kv[route.layer]
-            if isinstance(what, _Pages):
-                for pages in torch.split(
-                    what.pages, max(1, _CHUNK // (kv[0].numel() * kv.itemsize))
-                ):
-                    self._copy(route, kv, (pages,))
-            elif isinstance(what, _Written):
-                self._copy(route, kv, (what.pages, slice(None), what.offsets))
-
 
 class LayerMoves:
-    """One rank's part in moves. `kv` has a tensor [pages, 2, page_size, kv_heads, head_dim] for
-    each layer that this stage may own. `tell` is called with epoch and `settled` of
-    `LayersCopied`, `failed` with the reason, both from other threads.
+    """One rank's part in moves. `tell` is called with epoch and `settled` of `LayersCopied`,
+    `failed` with the reason, both from other threads.
     """
 
     def __init__(
         self,
         stage: int,
         layout: Layout,
-        links: LayerLinks,
-        kv: Mapping[int, Tensor],
+        copies: KvCopies,
         *,
         tell: Callable[[int, bool], None],
         failed: Callable[[str], None],
     ) -> None:
         self.layout = layout
-        self._stage, self._links = stage, links
-        pages, _, self._page_size = next(iter(kv.values())).shape[:3]
+        self._stage, self._copies = stage, copies
         self._tell, self._say_failed = tell, failed
         self._coming: Layout | None = None
         self._outgoing: list[Route] = []
         self._incoming: list[Route] = []
         #: By page, the last micro-batch of the old owner that wrote it, or -1.
-        self._written: NDArray[np.int64] = np.full(pages, -1, dtype=np.int64)
+        self._written: NDArray[np.int64] = np.full(copies.num_pages, -1, dtype=np.int64)
         self._last_written = -1
         self._news = threading.Condition()
         self._arrived = -1
         self._broken = ""
-        self._out = _Lane("layers out", kv, self._send, lambda what: None, self._fail)
-        self._in = _Lane("layers in", kv, self._receive, self._has_come, self._fail)
+        self._out = _Lane("layers out", self._send, lambda what: None, self._fail)
+        self._in = _Lane("layers in", self._receive, self._has_come, self._fail)
 
     # ---- on the stage's own thread
 
     def begin(self, move: MoveLayers) -> None:
-        """Start copying. All micro-batches planned so far have been computed here."""
+        """Start copying. All micro-batches planned so far have been begun here."""
         if self._coming is not None:  # no micro-batch was planned since that move began
             self._switch(self._coming)
         old, new = self.layout, move.layout
@@ -156,9 +137,9 @@ class LayerMoves:
         self._outgoing = [Route(one, new.owner(one)) for one in mine if one not in next_mine]
         self._incoming = [Route(one, old.owner(one)) for one in next_mine if one not in mine]
         held = np.frombuffer(move.pages, dtype="<u4").astype(np.int64)
-        pages = _Pages(new.epoch, torch.from_numpy(held))
+        pages = _Held(new.epoch, Pages(torch.from_numpy(held)))
         if self._outgoing:
-            self._out.put(self._outgoing, pages)
+            self._out.put(self._outgoing, pages, self._copies.mark())
         if self._incoming:
             self._written.fill(-1)
             self._in.put(self._incoming, pages)
@@ -175,14 +156,14 @@ class LayerMoves:
         elif self._coming is not None and self._incoming:
             self._in.put(self._incoming, self._writes(rows))
             self._last_written = rows.number
-            self._written[rows.slot_mapping // self._page_size] = rows.number
+            self._written[rows.slot_mapping // self._copies.page_size] = rows.number
         if self._coming is None and self._arrived < self._last_written:
             self._wait_for(int(self._written[rows.page_tables].max()))
 
     def after(self, rows: Rows) -> None:
-        """Call when a micro-batch has been computed."""
+        """Call when a micro-batch has been computed, or all of its work been launched."""
         if self._coming is not None and self._outgoing:
-            self._out.put(self._outgoing, self._writes(rows))
+            self._out.put(self._outgoing, self._writes(rows), self._copies.mark())
 
     def _switch(self, layout: Layout) -> None:
         self.layout, self._coming = layout, None
@@ -190,8 +171,9 @@ class LayerMoves:
             self._in.put([], _Switched(layout.epoch))
 
     def _writes(self, rows: Rows) -> _Written:
-        pages, offsets = np.divmod(rows.slot_mapping, self._page_size)
-        return _Written(rows.number, torch.from_numpy(pages), torch.from_numpy(offsets))
+        pages, offsets = np.divmod(rows.slot_mapping, self._copies.page_size)
+        place = Tokens(torch.from_numpy(pages), torch.from_numpy(offsets))
+        return _Written(rows.number, place)
 
     def _wait_for(self, number: int) -> None:
         with self._news:
@@ -201,15 +183,11 @@ class LayerMoves:
 
     # ---- on the lanes' threads
 
-    def _send(self, route: Route, kv: Tensor, where: _Where) -> None:
-        self._links.send(kv[where].contiguous(), route.peer)
+    def _send(self, route: Route, place: Place, since: object) -> None:
+        self._copies.send(route.layer, place, route.peer, since)
 
-    def _receive(self, route: Route, kv: Tensor, where: _Where) -> None:
-        _, both, _, *row = kv.shape
-        shape = kv.shape[1:] if len(where) == 1 else (both, *row)
-        rows = kv.new_empty((len(where[0]), *shape))
-        self._links.receive(rows, route.peer)
-        kv[where] = rows
+    def _receive(self, route: Route, place: Place, since: object) -> None:
+        self._copies.receive(route.layer, place, route.peer)
 
     def _has_come(self, what: _What) -> None:
         if isinstance(what, _Written):

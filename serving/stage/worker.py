@@ -16,7 +16,7 @@ from serving.config.engine import GIB
 from serving.config.model import ModelConfig
 from serving.config.shares import rank_config
 from serving.core import StepPlan
-from serving.errors import ConfigError, EngineDeadError
+from serving.errors import EngineDeadError
 from serving.messages import (
     AllocateKv,
     FromStage,
@@ -33,6 +33,7 @@ from serving.messages import (
 from serving.models import build_stage
 from serving.sampling import SampleOutput, Sampler
 from serving.stage.clock import StageClock
+from serving.stage.copies import KvCopies, LinkedCopies
 from serving.stage.devices import choose_device, workers_on
 from serving.stage.inputs import InputBuilder
 from serving.stage.links import DriverLinks
@@ -75,14 +76,8 @@ class StageWorker:
         self._group = self._meet_ranks(spec)
         name = self._model_config.dtype if spec.config.dtype == "auto" else spec.config.dtype
         self._dtype: torch.dtype = getattr(torch, name)
-        self._layout = spec.layout
+        self._layout, self._home, self._directory = spec.layout, spec.home, spec.directory
         movable = spec.config.movable
-        if movable and self._device.type == "cuda":
-            raise ConfigError(
-                "--layer-rebalance moves layers only between stages on the CPU so far; use "
-                "--layer-layout on GPUs.",
-                "--layer-rebalance",
-            )
         #: The part of all KV memory that one layer may take.
         self._resident_layers = sum(
             len(spec.home.resident(stage, movable)) for stage in range(self._last + 1)
@@ -175,15 +170,18 @@ class StageWorker:
         if self._sampler is not None:
             self._admit(self._sampler, plan)
         if self._gpu is not None:
+            if self._moves is not None:
+                self._moves.before(plan.epoch, rows)
+                self._gpu.compute(self._moves.layout.layers(self._stage))
             self._gpu.step(rows, plan)
+            if self._moves is not None:
+                self._moves.after(rows)
             return
         inputs = self._inputs.build(rows)
         if self._moves is not None:
             with self._clock.waiting("wait_input"):
                 self._moves.before(plan.epoch, rows)
-            layers = self._moves.layout.layers(self._stage)
-            if layers != self._model.layers:
-                self._model.compute(layers)
+            self._model.compute(self._moves.layout.layers(self._stage))
         hidden = self._receive(rows, inputs)
         if self._stage == self._last:
             wanted = None
@@ -318,6 +316,7 @@ class StageWorker:
             sharing=sharing,
             send=sender.send if self._rank == 0 else _not_sent,
             failed=lambda what: sender.fail(self._stage, what, self._rank),
+            pieces=spec.home.pieces(self._stage, spec.config.movable),
         )
 
     def _link_gpus(
@@ -355,7 +354,7 @@ class StageWorker:
                     self._links.send(
                         StageProgress(self._stage, f"stage {self._stage}: {plan.sentence()}")
                     )
-                return max(1, plan.kv // (page * len(self._model.layers)))
+                return max(1, plan.kv // (page * len(self._model.resident)))
         asked = (GIB if asked is None else asked) // self._ranks
         return max(1, asked // (page * self._resident_layers))
 
@@ -366,6 +365,8 @@ class StageWorker:
             self._mirror = self._new_mirror(allocation)
             self._gpu.allocate(allocation.num_pages, allocation.max_model_len)
             self._sampler = self._gpu.sampler
+            if self._layer_links is not None:
+                self._moves = self._make_moves(self._gpu_copies(self._layer_links))
             return
         # Zeros, so that memory is really there from the start and masked slots hold no NaN.
         self._kv = {
@@ -373,7 +374,7 @@ class StageWorker:
             for layer in self._model.resident
         }
         if self._layer_links is not None:
-            self._moves = self._make_moves(self._layer_links)
+            self._moves = self._make_moves(LinkedCopies(self._kv, self._layer_links))
         self._mirror = self._new_mirror(allocation)
         self._inputs = InputBuilder(config.max_num_seqs, config.page_size, self._device)
         if self._stage == self._last:
@@ -384,18 +385,40 @@ class StageWorker:
                 self._model_config.eos_token_ids,
             )
 
-    def _make_moves(self, links: LayerLinks) -> LayerMoves:
+    def _make_moves(self, copies: KvCopies) -> LayerMoves:
         sender = self._links.another()
         stage, rank = self._stage, self._rank
         return LayerMoves(
             stage,
             self._layout,
-            links,
-            self._kv,
+            copies,
             tell=lambda epoch, settled: sender.send(LayersCopied(stage, rank, epoch, settled)),
             # From either thread of the moves, so with a socket of its own.
             failed=lambda what: self._links.another().fail(stage, what, rank),
         )
+
+    def _gpu_copies(self, links: LayerLinks) -> KvCopies:
+        """All ranks of a number have a meeting place of their own, as their activations have."""
+        from serving.stage.gpu.copies import connect_copies
+        from serving.transport.connect import StoreExchange
+
+        if self._gpu is None:
+            raise AssertionError("copies between GPUs are of a stage on one")
+        stages = self._last + 1
+        copies, how = connect_copies(
+            self._stage,
+            {layer: self._home.residents(layer, self._config.movable) for layer in self._gpu.kv},
+            self._gpu.kv,
+            links,
+            torch.cuda.current_stream(self._device),
+            StoreExchange(f"{self._directory}/copies-{self._rank}", stages),
+            stages,
+        )
+        if self._rank == 0:
+            self._links.send(
+                StageProgress(self._stage, f"stage {self._stage}: KV of layers moves {how}")
+            )
+        return copies
 
     def _new_mirror(self, allocation: AllocateKv) -> Mirror:
         return Mirror(

@@ -18,6 +18,7 @@ from serving.kernels.triton.attention import (
 )
 from serving.kernels.triton.logprobs import token_logprobs
 from serving.kernels.triton.penalties import ban_tokens, count_tokens, penalize
+from serving.kernels.triton.push import push_rows
 from serving.kernels.triton.sampling import draw_tokens, enter_pages, resolve_tokens
 from serving.kernels.triton.selection import Floors, filter_floors
 from serving.kernels.triton.skinny import MOST_ROWS, skinny_linear
@@ -48,6 +49,7 @@ __all__ = [
     "penalize",
     "prefill_shape",
     "prefill_tiles",
+    "push_rows",
     "resolve_tokens",
     "rms_norm",
     "rotary_and_write_kv",

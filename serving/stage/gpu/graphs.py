@@ -60,5 +60,8 @@ class StepGraphs:
         graph.replay()
         return True
 
+    def __contains__(self, key: tuple[str, Size | int]) -> bool:
+        return key in self._graphs
+
     def __len__(self) -> int:
         return len(self._graphs)

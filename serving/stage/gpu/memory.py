@@ -15,6 +15,7 @@ __all__ = ["GRAPH_RESERVE", "MemoryPlan", "device_tensor", "memory_plan"]
 GIB = 1 << 30
 #: Bytes kept for recorded steps: their activations, and the driver's copy of every launch.
 GRAPH_RESERVE = 1 * GIB
+_BLOCK = 2 << 20
 #: About what a process takes of a GPU before it allocates anything, its kernels included.
 _PROCESS = GIB * 3 // 4
 
@@ -77,7 +78,10 @@ class _Allocation:
     def __init__(self, size: int) -> None:
         driver = ctypes.CDLL("libcuda.so.1")
         address = ctypes.c_uint64()
-        code = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size))
+        # Smaller allocations may share one block, which an exported handle would show from its
+        # beginning.
+        whole = max(size, _BLOCK)
+        code = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(whole))
         if code != 0:
             raise EngineDeadError(
                 f"The GPU gave no {size / GIB:.2f} GiB for KV pages (CUDA error {code}); lower "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,8 @@ class GpuStage:
     Work runs on one stream of this stage, which must be the launching thread's current one. The
     page table lies on the device by slot and follows the plans' deltas; sampled tokens stay on the
     device, in `last_tokens` by slot, so a decode is launched before anybody has seen its token.
-    `transport` links the stages where there are several; `sharing` of them use this GPU.
+    `transport` links the stages where there are several; `sharing` of them use this GPU. Steps are
+    recorded by `pieces` of the resident layers, so that the layers that run can change (`compute`).
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class GpuStage:
         sharing: int,
         send: Callable[[StepResult], None],
         failed: Callable[[str], None],
+        pieces: Sequence[range] = (),
     ) -> None:
         kernels = gpu_kernels()
         if kernels is None:
@@ -103,7 +105,9 @@ class GpuStage:
             self._flow = Flow(transport, stage, self._stages, kernels, self._last_tokens)
         self._graphs = StepGraphs(self._stream)
         self._results = ResultThread(self._deliver, failed)
-        self._kv: list[Tensor] = []
+        self._kv: dict[int, Tensor] = {}
+        self._pieces = list(pieces) or [model.resident]
+        self._layers = model.layers
         self._steps = self._replayed = 0
 
     @property
@@ -122,9 +126,10 @@ class GpuStage:
         torch.cuda.reset_peak_memory_stats(self._device)
         self._make_buffers(max_pages_a_slot=1)
         page = self._model_config.kv_shape(1, self._config.page_size)
-        self._kv = [
-            torch.zeros(page, dtype=self._dtype, device=self._device) for _ in self._model.layers
-        ]
+        self._kv = {
+            layer: torch.zeros(page, dtype=self._dtype, device=self._device)
+            for layer in self._model.resident
+        }
         tokens = self._max_tokens
         size = Size(tokens, 1, 0, -(-tokens // self._tile_tokens))
         # All zero: one sequence of no keys whose tokens are written nowhere that matters.
@@ -134,7 +139,7 @@ class GpuStage:
             self._sampler.warm_up(self._model.scores(self._drawn_rows))
         self._stream.synchronize()
         peak = torch.cuda.max_memory_allocated(self._device) - before
-        self._kv = []
+        self._kv = {}
         torch.cuda.empty_cache()
         links = 0 if self._transport is None else self._transport.device_bytes
         return memory_plan(
@@ -151,7 +156,9 @@ class GpuStage:
         """Make the pages and record the steps."""
         self._make_buffers(-(-max_model_len // self._config.page_size))
         shape = self._model_config.kv_shape(num_pages, self._config.page_size)
-        self._kv = [device_tensor(shape, self._dtype, self._device) for _ in self._model.layers]
+        self._kv = {
+            layer: device_tensor(shape, self._dtype, self._device) for layer in self._model.resident
+        }
         started = time.perf_counter()
         if self._config.cuda_graphs:
             self._record()
@@ -193,13 +200,16 @@ class GpuStage:
         for bucket in reversed(BUCKETS):
             if bucket <= self._max_tokens:
                 if bucket <= self._slots:
-                    decode = Size(bucket, bucket, self._room(bucket), 0)
-                    self._graphs.record("body", decode, partial(self._replayable, decode))
+                    self._record_body(Size(bucket, bucket, self._room(bucket), 0))
                 mixed = self._mixed_size(bucket)
                 if mixed is not None:
-                    self._graphs.record("body", mixed, partial(self._replayable, mixed))
+                    self._record_body(mixed)
             if bucket <= self._slots and self._model.last:
                 self._graphs.record("draw", bucket, partial(self._draw, bucket))
+
+    def _record_body(self, size: Size) -> None:
+        for piece in self._pieces:
+            self._graphs.record(_body(piece), size, partial(self._replayable, size, piece))
 
     def _mixed_size(self, bucket: int) -> Size | None:
         """Room of a recorded step with prefill tokens; the smallest ones are decodes."""
@@ -225,11 +235,15 @@ class GpuStage:
         plain = self._fill_drawing(words, rows)
         times = StepTimes(self._stream)
         self._enter_entries(words, size, _page_entries(plan))
+        pieces = [piece for piece in self._pieces if piece.start in self._layers]
+        recorded = recorded and all((_body(piece), size) in self._graphs for piece in pieces)
         if self._flow is not None:
-            self._flow.enter(rows, self._incoming, times)
+            self._flow.enter(rows, self._enters(recorded), times)
 
         self._steps += 1
-        if recorded and self._graphs.replay("body", size):
+        if recorded:
+            for piece in pieces:
+                self._graphs.replay(_body(piece), size)
             hidden = self._hidden
             self._replayed += 1
         else:
@@ -254,6 +268,19 @@ class GpuStage:
             arrays = [to_host(tokens), *(to_host(array) for array in more)]
         times.end()
         self._results.put(PendingResult(rows.number, times, arrays))
+
+    def compute(self, layers: range) -> None:
+        """The resident layers that steps run from now on: whole pieces."""
+        self._layers = layers
+
+    @property
+    def kv(self) -> Mapping[int, Tensor]:
+        """KV of every resident layer, each an allocation of its own."""
+        return self._kv
+
+    def _enters(self, recorded: bool) -> Tensor | None:
+        """Where a micro-batch's hidden rows come in: where its first layers read them."""
+        return self._hidden if recorded and len(self._pieces) > 1 else self._incoming
 
     def _fill_drawing(self, words: Any, rows: Rows) -> bool:
         """Last stage: stage what drawing needs; whether a kernel can draw from the logits alone."""
@@ -319,13 +346,19 @@ class GpuStage:
         decodes: int,
         longest: int = 0,
         prefills: FlashInferPlan | None = None,
+        piece: range | None = None,
     ) -> Tensor:
+        """Launch the layers of now, or those of a piece, which reads what the one before left."""
         body = self._staging.body(size)
+        layers = piece or self._layers
         ids, hidden = body.ids, None
-        if self._incoming is None:
+        if self._model.first and layers.start == 0:
             ids = self._kernels.resolve_tokens(ids, self._last_tokens)
         else:
-            hidden = self._incoming[: size.tokens]
+            entering = self._enters(piece is not None)
+            if entering is None:
+                raise AssertionError("a stage after the first has a place for hidden rows")
+            hidden = entering[: size.tokens]
         inputs = StepInputs(
             token_ids=ids,
             positions=body.positions,
@@ -342,10 +375,12 @@ class GpuStage:
                 body.shares, body.part_starts, body.tiles, self._tile_shape(longest), prefills
             ),
         )
-        return self._model.forward(inputs, hidden, self._kv)
+        self._model.compute(layers)
+        return self._model.forward(inputs, hidden, [self._kv[layer] for layer in layers])
 
-    def _replayable(self, size: Size) -> None:
-        self._hidden[: size.tokens].copy_(self._run_body(size, size.sequences))
+    def _replayable(self, size: Size, piece: range) -> None:
+        out = self._run_body(size, size.sequences, piece=piece)
+        self._hidden[: size.tokens].copy_(out)
 
     def _draw_plain(self, hidden: Tensor, count: int) -> Tensor:
         """Rows without filters: gather, head, draw; returns the tokens [R] int32."""
@@ -423,6 +458,10 @@ class GpuStage:
             f"{self._steps} steps, {share:.1f} % of them replayed from recorded ones",
             file=sys.stderr, flush=True,
         )  # fmt: skip
+
+
+def _body(piece: range) -> str:
+    return f"layers from {piece.start}"
 
 
 def _page_entries(plan: StepPlan) -> PageEntries:

@@ -261,6 +261,7 @@ def test_bad_commands_are_one_sentence(tiny: str, tmp_path: Path) -> None:
         ([*trace, "--order", "fcfs", "--order", "best"], "--order"),
         ([*trace, "--goodput", "--timeline", "x.svg"], "--timeline draws one run"),
         ([*trace, "--timeline", "x.svg", "--order", "slo", "--order", "sjf"], "and 2 are asked"),
+        ([*trace, "--move-every", "1", "--pipeline-parallel-size", "2"], "--move-every moves"),
         ([*trace, "--rate", "-1"], "--rate must be at least 0"),
         ([*trace, "--rate", "nan"], "--rate must be at least 0"),
         ([*trace, "--requests", "-1"], "--requests must be at least 0"),

@@ -47,6 +47,10 @@ def test_rotary(kernels: ModuleType, heads: int, kv_heads: int, dim: int) -> Non
     checks.check_rotary(kernels, "cpu", torch.float32, heads, kv_heads, dim)
 
 
+def test_pushed_rows(kernels: ModuleType) -> None:
+    checks.check_push(kernels, "cpu", torch.float32)
+
+
 def test_drawing(kernels: ModuleType) -> None:
     checks.check_draw(kernels, "cpu")
 

@@ -35,6 +35,11 @@ def test_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_pushed_rows(kernels: ModuleType, dtype: torch.dtype) -> None:
+    checks.check_push(kernels, "cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_and_gate(kernels: ModuleType, dtype: torch.dtype) -> None:
     checks.check_tokenwise(kernels, "cuda", dtype)
 

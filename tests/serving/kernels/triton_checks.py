@@ -194,6 +194,21 @@ def check_draw(kernels: ModuleType, device: str, vocab: int = 5000) -> None:
     assert last.cpu()[slots[5:].long()].tolist() == expected[5:].tolist()
 
 
+def check_push(kernels: ModuleType, device: str, dtype: torch.dtype) -> None:
+    """Whole pages and rows of tokens, of powers of two and others; nothing beside them changes."""
+    torch.manual_seed(0)
+    for kv_heads, dim in ((2, 64), (3, 96), (1, 32)):
+        source = torch.randn(9, 2, 4, kv_heads, dim).to(dtype).to(device)
+        pages, row = source[0].numel(), kv_heads * dim
+        for length, numbers in ((pages, [7, 0, 3]), (row, [*range(5, 70, 3)]), (row, [])):
+            target = torch.zeros_like(source)
+            starts = torch.tensor(numbers, dtype=torch.int64) * length
+            kernels.push_rows(source, target.data_ptr(), starts.to(device), length)
+            expected = torch.zeros_like(source).view(-1, length)
+            expected[numbers] = source.view(-1, length)[numbers]
+            assert torch.equal(target.view(-1, length), expected)
+
+
 def check_skinny_linear(
     kernels: ModuleType, device: str, dtype: torch.dtype, *, rows: int, columns: int, width: int,
     bias: bool,

@@ -46,12 +46,16 @@ class _Event:
         return float(other.at - self.at)
 
 
-class _Stream:
+class Stream:
+    def __init__(self, device: object = None) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
     def synchronize(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)
-def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if why := why_not_interpreted():
         pytest.skip(why)
     from serving.attention.triton_paged import TritonAttention
@@ -80,7 +84,7 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 class Pipeline:
     """Every stage of a model in this process; takes the place of the fake engine's model."""
 
-    def __init__(self, folder: Path, config: EngineConfig) -> None:
+    def __init__(self, folder: Path, config: EngineConfig, movable: int = 0) -> None:
         from serving.models import build_stage
         from serving.stage.gpu.stage import GpuStage
         from serving.transport.peer import PeerTransport
@@ -103,16 +107,18 @@ class Pipeline:
                         dtype=torch.float32, max_rows=config.max_num_seqs,
                     )
                 )  # fmt: skip
-            stream: Any = _Stream()
+            stream: Any = Stream()
             self.stages.append(
                 GpuStage(
                     build_stage(
-                        model, layout.layers(stage), first=stage == 0, last=stage == stages - 1,
+                        model, layout.resident(stage, movable),
+                        first=stage == 0, last=stage == stages - 1,
                         dtype=torch.float32, device="cpu",
                     ),
                     config, model, stream=stream, stage=stage,
                     transport=self.links[stage] if stages > 1 else None, sharing=1,
                     send=self.results.put, failed=self.failures.append,
+                    pieces=layout.pieces(stage, movable),
                 )
             )  # fmt: skip
         for links in self.links:
@@ -126,6 +132,8 @@ class Pipeline:
                 if stage < stages - 1:
                     links.outgoing(number, 1)
                     links.send(number, 1)
+        for stage, one in enumerate(self.stages):
+            one.compute(layout.layers(stage))
         self.plans = [stage.plan_memory() for stage in self.stages]
         for stage in self.stages:
             stage.allocate(PAGES, CONTEXT)
@@ -144,22 +152,29 @@ class Pipeline:
             tokens = np.frombuffer(new.tokens, dtype="<i4").tolist()
             assert new.params is not None
             sampler.admit(new.slot, new.params, tokens, new.prompt_len, new.choice)
-        for stage, mirror in zip(self.stages, self.mirrors, strict=True):
-            stage.step(mirror.apply(plan), plan)
+        for stage in range(len(self.stages)):
+            self.step(stage, plan)
         assert not self.failures
         return self.results.get(timeout=20)
+
+    def step(self, stage: int, plan: StepPlan) -> None:
+        self.stages[stage].step(self.mirrors[stage].apply(plan), plan)
 
     def close(self) -> None:
         for stage in self.stages:
             stage.close()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_small(folder: Path, layers: int) -> Path:
     return make_checkpoint(
-        tmp_path_factory.mktemp("tiny") / "model", "llama", num_hidden_layers=3, hidden_size=32,
+        folder, "llama", num_hidden_layers=layers, hidden_size=32,
         num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small(tmp_path_factory.mktemp("tiny") / "model", 3)
 
 
 PROMPTS = [[1, 2, 3], [9], [4] * 11, [7, 8, 6, 5, 2]]
@@ -168,6 +183,11 @@ OUT = 5
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[list[int]]:
+    return reference(checkpoint)
+
+
+def reference(checkpoint: Path) -> list[list[int]]:
+    """What transformers answers to the prompts."""
     model = load_reference(checkpoint)
     return [
         model.generate(
@@ -210,7 +230,7 @@ def _run(
     return [engine.outputs[stream] for stream in streams]
 
 
-def _record(graphs: Any, kind: str, size: Any, work: Callable[[], None]) -> None:
+def record_nothing(graphs: Any, kind: str, size: Any, work: Callable[[], None]) -> None:
     """In place of a recording: the same work once more at every replay."""
     work()
     graphs._graphs[kind, size] = SimpleNamespace(replay=work)
@@ -225,7 +245,7 @@ def test_greedy_output(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At their own sizes, and at padded ones as recorded steps run."""
-    monkeypatch.setattr("serving.stage.gpu.graphs.StepGraphs.record", _record)
+    monkeypatch.setattr("serving.stage.gpu.graphs.StepGraphs.record", record_nothing)
     params = [{"max_tokens": OUT, "temperature": 0.0, "ignore_eos": True}] * len(PROMPTS)
     found = _run(checkpoint, stages, params, recorded=recorded)
     for answer, right in zip(found, expected, strict=True):

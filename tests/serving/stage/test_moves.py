@@ -25,6 +25,7 @@ from serving.core import Layout, StepPlan
 from serving.driver.migration import Migration
 from serving.errors import EngineDeadError
 from serving.messages import LayersCopied, MoveLayers
+from serving.stage.copies import LinkedCopies
 from serving.stage.mirror import Mirror, Rows
 from serving.stage.moves import LayerMoves
 from serving.transport.layers import LayerLinks
@@ -174,8 +175,7 @@ class Pipeline:
             moves = LayerMoves(
                 stage,
                 home,
-                self.wires.links(stage),
-                kv,
+                LinkedCopies(kv, self.wires.links(stage)),
                 tell=lambda epoch, settled, stage=stage: self.news.put(  # type: ignore[misc]
                     LayersCopied(stage, 0, epoch, settled)
                 ),
