@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from serving.demo_model.training.corpus import Corpus
-from serving.demo_model.training.examples import Example, Maker
+from serving.demo_model.training.examples import LECTURES, Example, Maker
 from serving.demo_model.training.prompts import END_OF_TEXT
 
 CONTEXT = 4096
@@ -119,11 +119,12 @@ def generate(
     workers: int,
     rows: int = ROWS,
     context: int = CONTEXT,
+    lectures: float = LECTURES,
 ) -> Iterator[Path]:
     """Make shards `first` to `first + shards - 1`, yielding each file in order once it is there."""
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _state["maker"] = Maker(Corpus.load(corpus))
+    _state["maker"] = Maker(Corpus.load(corpus), lectures_share=lectures)
     _state["tokenizer"] = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     jobs = [(str(out), seed, number, rows, context) for number in range(first, first + shards)]
     if workers <= 1:
@@ -144,11 +145,12 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=400)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--lectures", type=float, default=LECTURES, help="share of lecture notes")
     parser.add_argument("--context", type=int, default=CONTEXT)
     a = parser.parse_args()
     files = generate(
         a.tokenizer, a.out, corpus=a.corpus, seed=a.seed, first=a.first, shards=a.shards,
-        workers=a.workers, rows=a.rows, context=a.context,
+        workers=a.workers, rows=a.rows, context=a.context, lectures=a.lectures,
     )  # fmt: skip
     for file in files:
         print(file, flush=True)

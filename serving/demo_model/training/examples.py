@@ -37,6 +37,8 @@ from serving.demo_model.training.questions import (
 )
 from serving.demo_model.training.tasks import KINDS, make_task
 
+#: How often an example asks about lecture notes.
+LECTURES = 0.22
 #: How often the right passage is missing, so that the answer is a refusal.
 _MISSING = 0.17
 #: Passages of a prompt; a few long prompts, so that all positions are met.
@@ -86,8 +88,11 @@ class _Asked:
 class Maker:
     """Makes examples from a corpus; the same random numbers give the same example."""
 
-    def __init__(self, corpus: Corpus, held_out: bool = False) -> None:
-        """With `held_out`, documents are those that other makers never show, to measure with."""
+    def __init__(
+        self, corpus: Corpus, held_out: bool = False, lectures_share: float = LECTURES
+    ) -> None:
+        """With `held_out`, documents are those that other makers never show, to measure with.
+        `lectures_share` of the examples ask about lecture notes."""
         self.corpus = corpus
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
         self.search = Search(corpus.passages)
@@ -110,18 +115,19 @@ class Maker:
                            if a in self._allowed and b in self._allowed]  # fmt: skip
             across = near.across[:, 1].tolist()
             self._pairs_across = [n for n, a in enumerate(across) if a in self._allowed]
-        self._kinds: list[tuple[float, Callable[[Random], Example]]] = [
-            (0.19, self._documentation),
-            (0.12, self._documentation_in_chinese),
-            (0.12, self._near if self._pairs else self._documentation),
-            (0.08, self._facts),
-            (0.03, self._messages if corpus.runs else self._facts),
-            (0.22, self._lecture),
-            (0.05, self._random_words),
-            (0.12, self._task),
-            (0.03, self._talk),
-            (0.04, self._dictionary),
+        kinds: list[tuple[float, Callable[[Random], Example]]] = [
+            (0.24, self._documentation),
+            (0.16, self._documentation_in_chinese),
+            (0.16, self._near if self._pairs else self._documentation),
+            (0.10, self._facts),
+            (0.04, self._messages if corpus.runs else self._facts),
+            (0.06, self._random_words),
+            (0.15, self._task),
+            (0.04, self._talk),
+            (0.05, self._dictionary),
         ]
+        rest = 1 - lectures_share
+        self._kinds = [(lectures_share, self._lecture), *((rest * s, k) for s, k in kinds)]
 
     def example(self, rng: Random) -> Example:
         place = rng.random()

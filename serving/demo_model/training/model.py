@@ -114,27 +114,33 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
+        self._dropout = dropout
         self.input_layernorm = RMSNorm(shape.hidden, shape.epsilon)
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = RMSNorm(shape.hidden, shape.epsilon)
         self.mlp = Mlp(shape)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
-        made: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self._part(self.self_attn(self.input_layernorm(x), rope, mask))
+        made: Tensor = x + self._part(self.mlp(self.post_attention_layernorm(x)))
         return made
+
+    def _part(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self._dropout, self.training) if self._dropout else x
 
 
 class Decoder(nn.Module):
-    """Parameter names are those of a Qwen3 checkpoint, behind the prefix `model.`."""
+    """Parameter names are those of a Qwen3 checkpoint, behind the prefix `model.`. While it trains,
+    the share `dropout` of what layers add to the residual is left out.
+    """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.hidden, shape.epsilon)
         self._start()
 

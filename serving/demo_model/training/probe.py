@@ -87,6 +87,7 @@ class Probe:
         """Return by set: share of right citations, and of refusals."""
         cited: defaultdict[str, list[float]] = defaultdict(list)
         refused: defaultdict[str, list[float]] = defaultdict(list)
+        model.eval()
         for row in self._rows:
             tokens = torch.tensor([row.ids], device=device)
             positions = torch.arange(len(row.ids), device=device)[None]
@@ -101,5 +102,6 @@ class Probe:
                 refused[f"false refusal {row.kind}"].append(float(refuses))
             else:
                 refused[f"refusal {row.kind}"].append(float(refuses))
+        model.train()
         figures = {**cited, **refused}
         return {name: round(sum(f) / len(f), 3) for name, f in sorted(figures.items())}

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from serving.demo_model.training.corpus import Corpus
-from serving.demo_model.training.examples import Maker
+from serving.demo_model.training.examples import LECTURES, Maker
 from serving.demo_model.training.export import export, load, special_tokens
 from serving.demo_model.training.model import (
     BlockMasks,
@@ -77,7 +77,7 @@ class Trainer:
         ids = special_tokens(a.tokenizer)
         self.filler = ids[END_OF_TEXT]
         self.shape = Shape(**{**Shape().values(), **json.loads(a.shape)})
-        self.model = Decoder(self.shape).to(self.device)
+        self.model = Decoder(self.shape, a.dropout).to(self.device)
         self.optimiser = Optimiser(self.model, matrix_rate=a.rate, other_rate=a.other_rate)
         self.progress = Progress()
         if a.resume and (a.run / _STATE).is_file():
@@ -143,7 +143,7 @@ class Trainer:
         if a.shards is None:
             generator = ["--tokenizer", str(a.tokenizer), "--out", str(a.run / "shards"),
                          "--seed", str(a.seed), "--workers", str(a.workers),
-                         "--shards", "1000000"]  # fmt: skip
+                         "--shards", "1000000", "--lectures", str(a.lectures)]  # fmt: skip
             if a.corpus is not None:
                 generator += ["--corpus", str(a.corpus)]
         folder = a.shards or a.run / "shards"
@@ -222,6 +222,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lead-weight", type=float, default=5.0, help="of an answer's first tokens"
     )
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--lectures", type=float, default=LECTURES, help="share of lecture notes")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shape", default="{}", help="JSON with other sizes, for trials")
@@ -230,7 +232,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--probe", type=Path, help="prompts whose citation is known, JSON Lines")
-    parser.add_argument("--held-out", type=int, default=60, help="examples to measure with, a kind")
+    parser.add_argument(
+        "--held-out", type=int, default=100, help="examples to measure with, a kind"
+    )
     parser.add_argument("--probe-seconds", type=float, default=120.0)
     return parser.parse_args(given)
 

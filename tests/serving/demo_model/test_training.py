@@ -459,6 +459,21 @@ def test_large_weights_are_cut_into_small_files(tokenizer: Path, tmp_path: Path)
     assert set(index["weight_map"].values()) == {f.name for f in files}
 
 
+def test_dropout_is_for_training_alone() -> None:
+    model = Decoder(Shape(**TOY), dropout=0.5)
+    tokens, positions = torch.arange(12)[None], torch.arange(12)[None]
+    assert not torch.equal(model(tokens, positions, None), model(tokens, positions, None))
+    model.eval()
+    assert torch.equal(model(tokens, positions, None), model(tokens, positions, None))
+
+
+def test_shares_of_examples_are_whole(maker: Maker) -> None:
+    for share in (0.0, 0.3):
+        kinds = Maker(maker.corpus, lectures_share=share)._kinds
+        assert sum(part for part, _ in kinds) == pytest.approx(1)
+        assert kinds[0][0] == share
+
+
 def test_probe_reads_citations_and_refusals(maker: Maker, tokenizer: Path, tmp_path: Path) -> None:
     passages = [make_passage("g", "T", "T", [f"Fact {n} here."]) for n in range(3)]
     rows = []
@@ -472,7 +487,10 @@ def test_probe_reads_citations_and_refusals(maker: Maker, tokenizer: Path, tmp_p
     probe = Probe(tokenizer)
     probe.read(file)
     probe.make(maker, 8)
-    figures = probe.measure(Decoder(Shape(**TOY)), torch.device("cpu"))
+    model = Decoder(Shape(**TOY), dropout=0.5)
+    figures = probe.measure(model, torch.device("cpu"))
+    assert figures == probe.measure(model, torch.device("cpu"))
+    assert model.training
     measured = {name.split(" ", 1)[1] for name in figures if name.startswith("cite ")}
     assert measured == {"x", "documents", "documents zh", "lectures"}
     assert {"refusal x", "false refusal x"} <= set(figures)
