@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: What a switch delays comes this long after it at most, in seconds.
 _AFTER = 0.1
+#: The way home takes no longer than this, in seconds.
+_HOME = 20.0
 
 
 class ForcedMoves:
@@ -53,22 +55,37 @@ class ForcedMoves:
 
     @asynccontextmanager
     async def going(self, engine: Engine) -> AsyncIterator[None]:
-        """Move as long as the block runs."""
-        self._moves.clear()
-        self._gaps.clear()
-        task = asyncio.create_task(self._keep_moving(engine))
-        try:
-            yield
-        finally:
-            task.cancel()
+        """Move as long as the block runs, then go home.
 
-    async def _keep_moving(self, engine: Engine) -> None:
-        home = engine.layout.counts
-        other = list(home)
+        Raises ConfigError where neither of the middle stages has a layer to give.
+        """
+        home, other = engine.layout.counts, list(engine.layout.counts)
         middle = len(home) // 2
         giver, taker = (middle, middle - 1) if home[middle] > 1 else (middle - 1, middle)
         other[giver] -= 1
         other[taker] += 1
+        if not other[giver]:
+            raise ConfigError(
+                "--move-every needs a stage with more than one layer in the middle; give fewer "
+                "stages.",
+                "--move-every",
+            )
+        self._moves.clear()
+        self._gaps.clear()
+        task = asyncio.create_task(self._keep_moving(engine, home, other))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        engine.move_layers(home)
+        for _ in range(int(_HOME / 0.02)):
+            if engine.stats.layers == home:
+                break
+            await asyncio.sleep(0.02)
+
+    async def _keep_moving(self, engine: Engine, home: list[int], other: list[int]) -> None:
         there = False
         while True:
             await asyncio.sleep(self._seconds)

@@ -89,6 +89,10 @@ class StageGroup:
                 # By default idle compute threads spin for so long that on a busy machine they
                 # keep the thread they wait for off its core.
                 environment["GOMP_SPINCOUNT"] = "10000"
+            if spec.config.movable and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
+                # A queue of the device for every stream: KV on the move must not stand behind
+                # computation that waits for it.
+                environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
             encoded = msgspec.json.encode(settings, enc_hook=encode_path)
             self.children.append(Child("serving.stage", encoded, environment))
 
@@ -168,7 +172,9 @@ class StageGroup:
         for child in self.children:
             child.wait(max(0.0, deadline - time.monotonic()))
         reports = [told] if told is not None else []
-        reports += [m for m in self.receive() if isinstance(m, StageFailed)]
+        if reports or any(child.was_killed for child in self.children):
+            deadline = 0.0
+        reports += self._last_words(deadline)
         for report in reports:
             if report.kind == "config":
                 return ConfigError(report.message, report.flag)
@@ -185,6 +191,15 @@ class StageGroup:
             if child.has_ended():
                 return EngineDeadError(f"{self._name(worker)} {child.how_it_ended()}.")
         return EngineDeadError("A stage failed without saying why.")
+
+    def _last_words(self, deadline: float) -> list[StageFailed]:
+        """Why workers end, as they say. What one has sent before it ended may still be on its way,
+        so it is waited for until the deadline."""
+        while True:
+            found = [message for message in self.receive() if isinstance(message, StageFailed)]
+            left = int(1000 * (deadline - time.monotonic()))
+            if found or left <= 0 or not self.results.poll(left):
+                return found
 
     def close(self, *, orderly: bool) -> None:
         """End all stages: asked first if `orderly`, killed if they do not follow."""

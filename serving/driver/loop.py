@@ -47,6 +47,8 @@ from serving.messages import (
 _STATS_SECONDS = 0.5
 _BALANCE_SECONDS = 0.25
 _MAX_REPORTED_BATCHES = 4096
+#: A trial of fewer steps says too little to be kept.
+_TRIAL_STEPS = 32
 
 
 class Driver:
@@ -325,9 +327,10 @@ class Driver:
         group.wait_started(limits.num_pages, limits.max_model_len)
         trial = Trial(group, self._spec, limits)
         trial.warm_up()
-        self._learn_times(trial)
-        self._scheduler.begin(trial.scheduler)
         self._timings.forget_sent()
+        self._learn_times(trial)
+        self._timings.forget_sent()
+        self._scheduler.begin(trial.scheduler)
         self._stages = [StageSeconds() for _ in range(group.layout.num_stages)]
         self._poller = zmq.Poller()
         self._poller.register(self._arrivals, zmq.POLLIN)
@@ -347,7 +350,7 @@ class Driver:
         self._tell_progress(f"measuring step times for {seconds:g} s")
         began = time.monotonic()
         steps = trial.measure(self._timings, seconds)
-        self._timings.save(*self._measured, least=1)
+        self._timings.save(*self._measured, least=_TRIAL_STEPS)
         self._tell_progress(f"learnt from {steps} steps in {time.monotonic() - began:.1f} s")
 
     def _recover(self, death: EngineDeadError) -> None:

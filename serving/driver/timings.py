@@ -88,8 +88,8 @@ class StepTimings:
             return max(predictor.predict(features) for predictor in self.predictors)
         return self._between.predict(features) if self._between.known else None
 
-    def took(self, stage: int, steps: list[StepTime]) -> None:
-        """A stage has worked on these micro-batches."""
+    def took(self, stage: int, steps: list[StepTime], most: int = _MOST_LEARNT) -> None:
+        """A stage has worked on these micro-batches; the last `most` are learnt from."""
         for left, step in enumerate(steps, -len(steps)):
             found = self._pending.pop(step.number, None)
             if found is None:
@@ -97,7 +97,7 @@ class StepTimings:
             features, stages = found
             if stages > 1:
                 self._pending[step.number] = (features, stages - 1)
-            if left >= -_MOST_LEARNT:
+            if left >= -most:
                 layers = len(self._layout_of(step.number).layers(stage))
                 self.predictors[stage].observe(features, step.busy, layers)
 

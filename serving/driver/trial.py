@@ -143,7 +143,7 @@ class Trial:
             if isinstance(message, StepResult):
                 self._completion.finish(message)
             elif isinstance(message, StageStats) and timings is not None:
-                timings.took(message.stage, message.steps)
+                timings.took(message.stage, message.steps, len(message.steps))
 
     def _take_reports(self, timings: StepTimings) -> None:
         """Wait for the times of the last micro-batches, but not for a stage that tells none."""

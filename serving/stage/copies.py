@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serving.errors import EngineDeadError
 from serving.transport.layers import LayerLinks
 
 __all__ = ["Index", "KvCopies", "LinkedCopies", "Pages", "Place", "Tokens"]
@@ -50,30 +51,65 @@ class KvCopies(ABC):
         self.kv = kv
         self.num_pages, _, self.page_size = next(iter(kv.values())).shape[:3]
 
-    def mark(self) -> object:
-        """All work on KV that this stage has begun by now; called on the thread that begins it."""
-        return None
+    @abstractmethod
+    def begin(self, layer: int, place: Place, stage: int) -> object:
+        """On the thread that computes: `stage` is to get what the place holds when all that was
+        begun by now is done, or something newer. The result is for `end`."""
 
     @abstractmethod
-    def send(self, layer: int, place: Place, stage: int, since: object) -> None:
-        """Give `stage` what the place holds once all work up to the mark `since` is done. It may be
-        newer than that."""
+    def end(self, layer: int, place: Place, stage: int, begun: object) -> None:
+        """On another thread, in the order of `begin`; returns when it is on its way."""
 
     @abstractmethod
     def receive(self, layer: int, place: Place, stage: int) -> None:
         """Take it from `stage`; returns when it is there."""
 
+    @torch.inference_mode()
+    def try_out(self, stage: int, owners: Mapping[int, list[int]]) -> None:
+        """Send known values over every link once, on all stages together, before any KV is used.
+
+        `owners` are the stages that may own each layer. Raises EngineDeadError.
+        """
+        for layer in sorted(owners):
+            edges = [(a, b) for a in owners[layer] for b in owners[layer] if a != b]
+            # Every edge has two pages of its own: one that is sent whole, one of which a token is.
+            for first, (giver, taker) in zip(range(0, self.num_pages - 1, 2), edges, strict=False):
+                for page in (first, first + 1):
+                    self._try(layer, page, giver, taker, stage)
+
+    def _try(self, layer: int, page: int, giver: int, taker: int, stage: int) -> None:
+        if stage not in (giver, taker):
+            return
+        number = torch.tensor([page])
+        place: Place = Tokens(number, torch.zeros_like(number)) if page % 2 else Pages(number)
+        part = self.kv[layer][page, :, :1] if page % 2 else self.kv[layer][page]
+        value = float(giver * 10 + taker + 1)
+        if stage == giver:
+            part.fill_(value)
+            self.end(layer, place, taker, self.begin(layer, place, taker))
+        else:
+            self.receive(layer, place, giver)
+            if not bool((part == value).all()):
+                raise EngineDeadError(
+                    f"KV of a layer that stage {giver} gave to stage {taker} arrived with wrong "
+                    "values; use --layer-rebalance off."
+                )
+        part.zero_()
+
 
 class LinkedCopies(KvCopies):
-    """As messages. A stage computes on the host, at once, so marks say nothing."""
+    """As messages. A stage computes on the host, at once."""
 
     def __init__(self, kv: Mapping[int, Tensor], links: LayerLinks) -> None:
         super().__init__(kv)
         self._links = links
 
-    def send(self, layer: int, place: Place, stage: int, since: object) -> None:
+    def begin(self, layer: int, place: Place, stage: int) -> object:
+        return None
+
+    def end(self, layer: int, place: Place, stage: int, begun: object) -> None:
         for index in self._parts(place):
-            self._links.send(self._read(self.kv[layer], index, since), stage)
+            self._links.send(self._read(self.kv[layer], index, begun), stage)
 
     def receive(self, layer: int, place: Place, stage: int) -> None:
         kv = self.kv[layer]
@@ -92,7 +128,7 @@ class LinkedCopies(KvCopies):
         most = max(1, _CHUNK // (kv[0].numel() * kv.itemsize))
         return [(pages,) for pages in torch.split(place.pages, most)]
 
-    def _read(self, kv: Tensor, index: Index, since: object) -> Tensor:
+    def _read(self, kv: Tensor, index: Index, begun: object) -> Tensor:
         return kv[index].contiguous()
 
     def _write(self, kv: Tensor, index: Index, rows: Tensor) -> None:

@@ -77,20 +77,21 @@ class _Lane:
         failed: Callable[[str], None],
     ) -> None:
         self._copy, self._done, self._failed = copy, done, failed
-        self._tasks: SimpleQueue[tuple[list[Route], _What, object]] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[list[tuple[Route, object]], _What]] = SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def put(self, routes: list[Route], what: _What, since: object = None) -> None:
-        self._tasks.put((routes, what, since))
+    def put(self, routes: list[tuple[Route, object]], what: _What) -> None:
+        """Each route with what `copy` gets for it."""
+        self._tasks.put((routes, what))
 
     def _run(self) -> None:
         try:
             with torch.inference_mode():
                 while True:
-                    routes, what, since = self._tasks.get()
+                    routes, what = self._tasks.get()
                     if not isinstance(what, _Switched):
-                        for route in routes:
-                            self._copy(route, what.place, since)
+                        for route, begun in routes:
+                            self._copy(route, what.place, begun)
                     self._done(what)
         except Exception as error:
             self._failed(str(error) or type(error).__name__)
@@ -138,11 +139,10 @@ class LayerMoves:
         self._incoming = [Route(one, old.owner(one)) for one in next_mine if one not in mine]
         held = np.frombuffer(move.pages, dtype="<u4").astype(np.int64)
         pages = _Held(new.epoch, Pages(torch.from_numpy(held)))
-        if self._outgoing:
-            self._out.put(self._outgoing, pages, self._copies.mark())
+        self._give(pages)
         if self._incoming:
             self._written.fill(-1)
-            self._in.put(self._incoming, pages)
+            self._take(pages)
 
     def before(self, epoch: int, rows: Rows) -> None:
         """Call before a micro-batch is computed. From here on `layout` is the one of its epoch.
@@ -154,7 +154,7 @@ class LayerMoves:
                 raise EngineDeadError(f"A plan is of layout {epoch}, which nobody announced.")
             self._switch(self._coming)
         elif self._coming is not None and self._incoming:
-            self._in.put(self._incoming, self._writes(rows))
+            self._take(self._writes(rows))
             self._last_written = rows.number
             self._written[rows.slot_mapping // self._copies.page_size] = rows.number
         if self._coming is None and self._arrived < self._last_written:
@@ -163,12 +163,21 @@ class LayerMoves:
     def after(self, rows: Rows) -> None:
         """Call when a micro-batch has been computed, or all of its work been launched."""
         if self._coming is not None and self._outgoing:
-            self._out.put(self._outgoing, self._writes(rows), self._copies.mark())
+            self._give(self._writes(rows))
+
+    def _give(self, what: _Held | _Written) -> None:
+        routes = self._outgoing
+        begun = [self._copies.begin(one.layer, what.place, one.peer) for one in routes]
+        if routes:
+            self._out.put(list(zip(routes, begun, strict=True)), what)
+
+    def _take(self, what: _What) -> None:
+        self._in.put([(route, None) for route in self._incoming], what)
 
     def _switch(self, layout: Layout) -> None:
         self.layout, self._coming = layout, None
         if self._incoming:
-            self._in.put([], _Switched(layout.epoch))
+            self._take(_Switched(layout.epoch))
 
     def _writes(self, rows: Rows) -> _Written:
         pages, offsets = np.divmod(rows.slot_mapping, self._copies.page_size)
@@ -183,10 +192,10 @@ class LayerMoves:
 
     # ---- on the lanes' threads
 
-    def _send(self, route: Route, place: Place, since: object) -> None:
-        self._copies.send(route.layer, place, route.peer, since)
+    def _send(self, route: Route, place: Place, begun: object) -> None:
+        self._copies.end(route.layer, place, route.peer, begun)
 
-    def _receive(self, route: Route, place: Place, since: object) -> None:
+    def _receive(self, route: Route, place: Place, begun: object) -> None:
         self._copies.receive(route.layer, place, route.peer)
 
     def _has_come(self, what: _What) -> None:

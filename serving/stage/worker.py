@@ -385,7 +385,13 @@ class StageWorker:
                 self._model_config.eos_token_ids,
             )
 
+    def _owners(self) -> dict[int, list[int]]:
+        """The stages that may come to own each layer."""
+        home, movable = self._home, self._config.movable
+        return {layer: home.residents(layer, movable) for layer in range(home.bounds[-1])}
+
     def _make_moves(self, copies: KvCopies) -> LayerMoves:
+        copies.try_out(self._stage, self._owners())
         sender = self._links.another()
         stage, rank = self._stage, self._rank
         return LayerMoves(
@@ -407,7 +413,7 @@ class StageWorker:
         stages = self._last + 1
         copies, how = connect_copies(
             self._stage,
-            {layer: self._home.residents(layer, self._config.movable) for layer in self._gpu.kv},
+            self._owners(),
             self._gpu.kv,
             links,
             torch.cuda.current_stream(self._device),

@@ -112,6 +112,7 @@ class CudaDriver:
             "cuCtxSetCurrent": [pointer],
             "cuGetErrorName": [ctypes.c_int, pointer],
             "cuMemAlloc_v2": [pointer, size],
+            "cuMemGetAddressRange_v2": [pointer, pointer, address],
             "cuMemsetD8_v2": [address, ctypes.c_ubyte, size],
             "cuMemsetD32Async": [address, ctypes.c_uint, size, pointer],
             "cuMemcpyAsync": [address, address, size, pointer],
@@ -144,6 +145,10 @@ class CudaDriver:
         return address.value
 
     def export(self, address: int) -> bytes:
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        self._do("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+        if base.value != address:
+            raise LinkRefusedError("memory to be shared lies inside another allocation")
         handle = _IpcHandle()
         self._ask("cuIpcGetMemHandle", ctypes.byref(handle), address)
         return bytes(handle.reserved)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from serving import LLM, SamplingParams
-from tests.serving.tiny import FAMILIES, load_reference, make_checkpoint
+from tests.serving.tiny import FAMILIES, load_reference, make_soft_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -29,27 +28,13 @@ def _prompts() -> list[list[int]]:
     return [[source.randrange(250) for _ in range(n)] for n in (3, 16, 40, 77, 130, 200, 300, 420)]
 
 
-def _checkpoint(folder: Path, family: str) -> Path:
-    """Weights as small as a trained model's, whose logits bfloat16 blurs by about 0.005; the large
-    ones that make_checkpoint gives would be blurred by more than NEAR."""
-    make_checkpoint(
-        folder, family, hidden_size=256, intermediate_size=512, head_dim=64,
-        num_attention_heads=8, num_key_value_heads=2, eos_token_id=319, initializer_range=0.04,
-    )  # fmt: skip
-    config = AutoConfig.from_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(("stages", "ranks"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_differences_are_near_ties(
     family: str, stages: int, ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _needs(stages * ranks)
-    folder = _checkpoint(tmp_path / family, family)
+    folder = make_soft_checkpoint(tmp_path / family, family)
     prompts = _prompts()
     with LLM(
         folder, device="cuda", dtype="bfloat16", pipeline_parallel_size=stages,

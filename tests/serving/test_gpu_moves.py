@@ -111,7 +111,7 @@ async def test_moves_at_any_moment_change_no_token(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("refuses", ["", "open"], ids=["peer", "host"])
 def test_copies_on_streams_of_their_own(refuses: str, dtype: torch.dtype) -> None:
-    """What was launched before the mark is in what arrives, whole pages and tokens of pages."""
+    """What was launched before a copy began is in what arrives, pages and tokens of pages."""
     _where("shared", 2)
     device = torch.device("cuda:0")
     shape = (300, 2, 16, 2, 64)
@@ -131,9 +131,9 @@ def test_copies_on_streams_of_their_own(refuses: str, dtype: torch.dtype) -> Non
             with torch.cuda.stream(compute):
                 torch.cuda._sleep(20_000_000)
                 kv[0][7].normal_()
-            since = giver.mark()
+            begun = giver.begin(7, place, 1)
             taken = other.submit(taker.receive, 7, place, 0)
-            giver.send(7, place, 1, since)
+            giver.end(7, place, 1, begun)
             taken.result(20)
             index: Any = (place.pages.to(device),)
             if isinstance(place, Tokens):

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from serving.config.engine import EngineConfig
 from serving.core import SamplingParams
@@ -17,7 +18,7 @@ from serving.engine import Engine
 from serving.errors import ConfigError
 from serving.messages import LayersMoved, Recovering
 from tests.serving.processes import children_of
-from tests.serving.tiny import make_checkpoint
+from tests.serving.tiny import load_reference, make_checkpoint, make_soft_checkpoint
 
 Start = Callable[..., Awaitable[Engine]]
 LAYERS = 8
@@ -146,6 +147,41 @@ async def test_moves_at_any_moment_change_no_token(
     # Prefixes that were computed before moves are found after them.
     assert engine.stats.cached_prompt_tokens > 0
     assert await answers(engine, load[:5], gap=0.0) == expected[:5]
+
+
+#: Between the two best logits of the reference, where answers in bfloat16 may part.
+NEAR = 0.05
+
+
+async def test_moves_in_bfloat16_part_only_where_two_tokens_are_nearly_alike(
+    start: Start, tmp_path: Path
+) -> None:
+    folder = make_soft_checkpoint(tmp_path / "soft", "qwen3", num_hidden_layers=LAYERS)
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    load = [(prompt, params) for prompt, _ in mixed_load(9, 16)]
+    settings: dict[str, object] = {"model": folder, "dtype": "bfloat16"}
+    still = await start(**settings, layer_rebalance="off")
+    expected = await answers(still, load, gap=0.05)
+    await still.close()
+    engine = await start(**settings)
+    source = random.Random(9)
+    moves: list[LayersMoved] = []
+    engine.on_move = moves.append
+    running = asyncio.create_task(answers(engine, load, gap=0.05))
+    while not running.done():
+        engine.move_layers(random_counts(source, 2))
+        await asyncio.sleep(source.random() * 0.1)
+    assert len(moves) > 5
+    model = load_reference(folder, torch.bfloat16)
+    for (prompt, _), found, right in zip(load, await running, expected, strict=True):
+        assert len(found) == len(right)
+        at = next((n for n, (a, b) in enumerate(zip(found, right, strict=True)) if a != b), None)
+        if at is not None:
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + right[:at]])).logits[0, -1].float()
+            best = logits.topk(2)
+            assert {found[at], right[at]} == set(best.indices.tolist())
+            assert float(best.values[0] - best.values[1]) <= NEAR
 
 
 async def test_what_stages_do_not_hold_is_refused(start: Start) -> None:

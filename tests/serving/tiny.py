@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
@@ -26,6 +26,7 @@ __all__ = [
     "linear_rope",
     "load_reference",
     "make_checkpoint",
+    "make_soft_checkpoint",
     "make_tokenizer",
 ]
 
@@ -191,4 +192,19 @@ def make_tokenizer(folder: Path) -> Path:
     fast.save_pretrained(folder)
     if len(fast) != 320:
         raise RuntimeError(f"the tokenizer has {len(fast)} ids instead of 320")
+    return folder
+
+
+def make_soft_checkpoint(folder: Path, family: str, **settings: object) -> Path:
+    """Weights as small as a trained model's, in bfloat16, which blurs their logits by about 0.005;
+    the large ones that `make_checkpoint` gives would be blurred by ten times as much."""
+    make_checkpoint(
+        folder, family, hidden_size=256, intermediate_size=512, head_dim=64,
+        num_attention_heads=8, num_key_value_heads=2, eos_token_id=319, initializer_range=0.04,
+        **settings,
+    )  # fmt: skip
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder

@@ -19,24 +19,17 @@ from serving.transport.peer import Exchange
 __all__ = ["HostCopies", "PeerCopies", "connect_copies"]
 
 
-class _Marks:
-    """What copies need of the stream on which the stage computes, and streams of their own."""
+class _Streams:
+    """The one on which the stage computes, and others for copies."""
 
     def __init__(self, compute: torch.cuda.Stream, device: torch.device) -> None:
-        self._compute, self.device = compute, device
+        self._compute = compute
         self.out: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.into: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def now(self) -> torch.cuda.Event:
-        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._compute)
-        return event
-
-    def wait(self, since: object) -> None:
-        """The stream of what goes out waits for a mark."""
-        if not isinstance(since, torch.cuda.Event):
-            raise AssertionError("copies between GPUs wait for marks of their own")
-        self.out.wait_event(since)
+    def computed(self) -> torch.cuda.Event:
+        """Reached when all that was launched to compute by now is done."""
+        return _mark(self._compute)
 
 
 class HostCopies(LinkedCopies):
@@ -46,25 +39,28 @@ class HostCopies(LinkedCopies):
         self, kv: Mapping[int, Tensor], links: LayerLinks, compute: torch.cuda.Stream
     ) -> None:
         super().__init__(kv, links)
-        self._marks = _Marks(compute, next(iter(kv.values())).device)
+        self._streams = _Streams(compute, next(iter(kv.values())).device)
 
-    def mark(self) -> object:
-        return self._marks.now()
+    def begin(self, layer: int, place: Place, stage: int) -> object:
+        return self._streams.computed()
 
-    def _read(self, kv: Tensor, index: Index, since: object) -> Tensor:
-        with torch.cuda.device(kv.device), torch.cuda.stream(self._marks.out):
-            self._marks.wait(since)
+    def _read(self, kv: Tensor, index: Index, begun: object) -> Tensor:
+        _event(begun).synchronize()
+        with torch.cuda.device(kv.device), torch.cuda.stream(self._streams.out):
             return kv[_on(kv.device, index)].contiguous().cpu()
 
     def _write(self, kv: Tensor, index: Index, rows: Tensor) -> None:
-        with torch.cuda.device(kv.device), torch.cuda.stream(self._marks.into):
+        with torch.cuda.device(kv.device), torch.cuda.stream(self._streams.into):
             kv[_on(kv.device, index)] = rows.to(kv.device)
-            self._marks.into.synchronize()
+            self._streams.into.synchronize()
 
 
 class PeerCopies(KvCopies):
     """A kernel writes into the other stage's memory, which is mapped here; a message follows when
     it is there. `targets` are the addresses of (layer, stage), `links` carry the messages.
+
+    Kernels are launched where the stage launches its own, each behind what it copies and before
+    what comes later, so that streams may share a queue of the device.
     """
 
     def __init__(
@@ -77,19 +73,21 @@ class PeerCopies(KvCopies):
     ) -> None:
         super().__init__(kv)
         self._links, self._targets, self._kernels = links, targets, kernels
-        self._marks = _Marks(compute, next(iter(kv.values())).device)
+        self._streams = _Streams(compute, next(iter(kv.values())).device)
 
-    def mark(self) -> object:
-        return self._marks.now()
+    def begin(self, layer: int, place: Place, stage: int) -> object:
+        kv, streams = self.kv[layer], self._streams
+        starts, length = _rows(place, kv)
+        computed = streams.computed()
+        with torch.cuda.device(kv.device), torch.cuda.stream(streams.out):
+            # Before the wait: nothing on the host waits for the device's work.
+            there = starts.pin_memory().to(kv.device, non_blocking=True)
+            streams.out.wait_event(computed)
+            self._kernels.push_rows(kv, self._targets[layer, stage], there, length)
+            return _mark(streams.out)
 
-    def send(self, layer: int, place: Place, stage: int, since: object) -> None:
-        kv, marks = self.kv[layer], self._marks
-        with torch.cuda.device(kv.device), torch.cuda.stream(marks.out):
-            marks.wait(since)
-            starts, length = _rows(place, kv)
-            target = self._targets[layer, stage]
-            self._kernels.push_rows(kv, target, starts.to(kv.device), length)
-            marks.out.synchronize()
+    def end(self, layer: int, place: Place, stage: int, begun: object) -> None:
+        _event(begun).synchronize()
         self._links.send(torch.ones(1, dtype=torch.uint8), stage)
 
     def receive(self, layer: int, place: Place, stage: int) -> None:
@@ -106,8 +104,10 @@ def connect_copies(
     stages: int,
     driver: StreamDriver | None = None,
 ) -> tuple[KvCopies, str]:
-    """The copies of one stage, of the same kind on all, and how they go, in words. `owners` are the
-    stages that hold each layer; each allocates its KV by itself, so that others can map it.
+    """The copies of one stage, of the same kind on all, and how they go, in words.
+
+    `owners` are the stages that hold each layer; each has its KV in an allocation of its own, so
+    that others can map it.
     """
     refusal = ""
     mine = [layer for layer in kv if len(owners[layer]) > 1]
@@ -130,9 +130,25 @@ def connect_copies(
                 refusal = str(error)
     why = agree(stage, stages, refusal, exchange)
     kernels = gpu_kernels()
+    copies: KvCopies
     if why or kernels is None:
-        return HostCopies(kv, links, compute), f"through the host; no peer copies {why}"
-    return PeerCopies(kv, links, compute, targets, kernels), "straight into their memory"
+        copies, how = HostCopies(kv, links, compute), f"through the host; no peer copies {why}"
+    else:
+        copies = PeerCopies(kv, links, compute, targets, kernels)
+        how = "straight into the other stage's memory"
+    return copies, how
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def _event(begun: object) -> torch.cuda.Event:
+    if not isinstance(begun, torch.cuda.Event):
+        raise AssertionError("copies between GPUs wait for events")
+    return begun
 
 
 def _key(layer: int, stage: int) -> str:

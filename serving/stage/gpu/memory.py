@@ -78,9 +78,8 @@ class _Allocation:
     def __init__(self, size: int) -> None:
         driver = ctypes.CDLL("libcuda.so.1")
         address = ctypes.c_uint64()
-        # Smaller allocations may share one block, which an exported handle would show from its
-        # beginning.
-        whole = max(size, _BLOCK)
+        # Others may share a block with their neighbours, and an exported handle shows all of it.
+        whole = -(-size // _BLOCK) * _BLOCK
         code = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(whole))
         if code != 0:
             raise EngineDeadError(

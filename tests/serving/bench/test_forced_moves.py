@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from serving.bench.moves import ForcedMoves
 from serving.cli import register
-from serving.errors import ConfigError
+from serving.errors import ConfigError, EngineDeadError
 from serving.messages import LayersMoved
 from tests.serving.tiny import make_checkpoint
 
@@ -51,10 +51,31 @@ async def test_a_layer_goes_there_and_back(counts: list[int], other: list[int]) 
         if len(asked) == 4:
             enough.set()
 
-    engine: Any = SimpleNamespace(layout=SimpleNamespace(counts=counts), move_layers=move_layers)
+    engine: Any = SimpleNamespace(
+        layout=SimpleNamespace(counts=counts), move_layers=move_layers,
+        stats=SimpleNamespace(layers=counts),
+    )  # fmt: skip
     async with ForcedMoves(0.01).going(engine), asyncio.timeout(20):
         await enough.wait()
     assert asked[:4] == [other, counts, other, counts]
+    assert asked[-1] == counts
+
+
+async def test_stages_of_one_layer_have_none_to_give() -> None:
+    engine: Any = SimpleNamespace(layout=SimpleNamespace(counts=[1, 1]))
+    with pytest.raises(ConfigError, match="more than one layer"):
+        async with ForcedMoves(0.01).going(engine):
+            pass
+
+
+async def test_what_stops_the_moves_is_told() -> None:
+    def move_layers(to: list[int]) -> None:
+        raise EngineDeadError("It broke.")
+
+    engine: Any = SimpleNamespace(layout=SimpleNamespace(counts=[2, 2]), move_layers=move_layers)
+    with pytest.raises(EngineDeadError, match="It broke"):
+        async with ForcedMoves(0.01).going(engine):
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,7 @@ from serving.messages import (
     Progress,
     Shutdown,
     StageFailed,
+    StageProgress,
     StageSpec,
     StageSteps,
     StepOutputs,
@@ -34,6 +37,7 @@ from serving.messages import (
     Stop,
     Submit,
     ToStage,
+    socket_address,
 )
 from tests.serving.driver.fake import expected_output
 from tests.serving.driver.threads import Client, StageThread
@@ -196,6 +200,33 @@ def test_the_failure_of_a_stage_is_a_sentence_whenever_it_comes(
     assert str(failure) == words
     if isinstance(failure, ConfigError):
         assert failure.flag == "--kv-memory"
+
+
+def test_last_words_that_come_after_the_end_are_heard(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process sends before it ends may be read after its end is seen."""
+    monkeypatch.setattr(group, "_SETTLE_SECONDS", 5.0)
+    threads: list[threading.Thread] = []
+
+    def speak(where: str) -> None:
+        time.sleep(0.1)
+        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            socket.connect(socket_address(where, "results"))
+            for said in (StageProgress(0, "reads"), StageFailed(0, "model", "No such tensor.")):
+                socket.send(msgspec.msgpack.encode(said))
+
+    def how(spec: StageSpec, message: ToStage | None) -> str:
+        threads.append(threading.Thread(target=speak, args=[spec.directory]))
+        threads[0].start()
+        return "exit"
+
+    behave(monkeypatch, how)
+    with Client(directory) as client:
+        failure = client.failure()
+    threads[0].join()
+    assert isinstance(failure, ModelError)
+    assert str(failure) == "No such tensor."
 
 
 @pytest.mark.parametrize("verdict", [StageFailed(0, "dead", "It broke."), "die"])

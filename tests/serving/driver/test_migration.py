@@ -236,14 +236,16 @@ def test_a_slow_stage_loses_layers_by_itself(
     for name in ("patience", "dwell", "longest_dwell"):
         monkeypatch.setattr(Balancer, name, 0.0)
 
-    def fake_times(self: timings.StepTimings, stage: int, steps: list[StepTime]) -> None:
+    def fake_times(
+        self: timings.StepTimings, stage: int, steps: list[StepTime], most: int = 64
+    ) -> None:
         """Stage 1 takes three times as long for a layer, whichever it has."""
         each = (0.001, 0.003)[stage]
         true = []
         for step in steps:
             busy = each * len(self._layout_of(step.number).layers(stage))
             true.append(StepTime(step.number, busy, step.began, step.ended))
-        real_took(self, stage, true)
+        real_took(self, stage, true, most)
 
     real_took = timings.StepTimings.took
     monkeypatch.setattr(timings.StepTimings, "took", fake_times)

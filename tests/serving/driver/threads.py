@@ -106,12 +106,14 @@ class StageThread:
         plans.connect(socket_address(self.spec.directory, f"plans-{self.spec.worker}"))
         results.connect(socket_address(self.spec.directory, "results"))
         self._decoder: msgspec.msgpack.Decoder[ToStage] = msgspec.msgpack.Decoder(ToStage)
+        code: int | None = None
         try:
-            self._code = self._serve(plans, results)
+            code = self._serve(plans, results)
         finally:
             plans.close(linger=0)
             results.close(linger=500)
             context.term()
+            self._code = code  # a process has ended only when its last words have left
             os.close(self._alive)
 
     def _serve(self, plans: zmq.Socket[bytes], results: zmq.Socket[bytes]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import Queue
 from typing import Any
 
@@ -63,10 +63,16 @@ def connect(
 
     def one(stage: int) -> tuple[KvCopies, str]:
         driver: Any = drivers[stage]
-        return connect_copies(
+        copies, how = connect_copies(
             stage, owners, kv[stage], wires.links(stage), stream, notes, stages, driver
         )
+        copies.try_out(stage, owners)
+        return copies, how
 
     with ThreadPoolExecutor(stages) as pool:
-        made = list(pool.map(one, range(stages)))
+        futures = [pool.submit(one, stage) for stage in range(stages)]
+        # One that fails makes others wait in vain: its own failure is the one to see.
+        for future in as_completed(futures):
+            future.result()
+        made = [future.result() for future in futures]
     return [copies for copies, _ in made], [how for _, how in made]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from serving.core import Layout, StepPlan
 from serving.driver.migration import Migration
-from serving.messages import LayersCopied, StepResult
+from serving.messages import LayersCopied, MoveLayers, StepResult
 from serving.stage.copies import Pages, Tokens
 from serving.stage.moves import LayerMoves
 from tests.serving.driver.fake import FakeEngine
@@ -69,6 +69,7 @@ class MovingPipeline(Pipeline):
         self.migration = Migration(home, movable, 1)
         self.news: Queue[LayersCopied] = Queue()
         self.moved = 0
+        self.announced: list[tuple[int, int, MoveLayers]] = []
         owners = {layer: home.residents(layer, movable) for layer in range(LAYERS)}
         kv = [dict(stage.kv) for stage in self.stages]
         drivers = [Driver(refuses if stage == stages - 1 else "") for stage in range(stages)]
@@ -90,21 +91,22 @@ class MovingPipeline(Pipeline):
             self.migration.copied(self.news.get())
         scheduler, migration = self.engine.scheduler, self.migration
         bounds = tuple(self.source.choice(window) for window in migration.windows)
-        layout = Layout(0, bounds)
-        if migration.idle and bounds != migration.layout.bounds and min(layout.counts) > 0:
-            while self.engine.plans:  # a stage hears of a move between two plans
-                self.engine.run_one()
-            held = scheduler.pool.held()
-            message = migration.begin(layout, held, scheduler.next_number, 0.0)
-            for moves in self.moves:
-                moves.begin(message)
+        layout = Layout(0, list(bounds))
+        if migration.idle and layout.counts != migration.layout.counts and min(layout.counts) > 0:
+            # Stages hear of it between the plans of then, which are still in flight.
+            number = scheduler.next_number
+            message = migration.begin(layout, scheduler.pool.held(), number, 0.0)
+            self.announced += [(number, stage, message) for stage in range(len(self.stages))]
         if migration.switch(scheduler.next_number) is not None:
             self.moved += 1
             scheduler.epoch = migration.layout.epoch
 
     def step(self, stage: int, plan: StepPlan) -> None:
-        rows = self.mirrors[stage].apply(plan)
         moves = self.moves[stage]
+        for entry in [one for one in self.announced if one[0] <= plan.number and one[1] == stage]:
+            self.announced.remove(entry)
+            moves.begin(entry[2])
+        rows = self.mirrors[stage].apply(plan)
         moves.before(plan.epoch, rows)
         self.stages[stage].compute(moves.layout.layers(stage))
         self.stages[stage].step(rows, plan)
@@ -153,7 +155,7 @@ def test_moves_change_no_token(
     )  # fmt: skip
     pipeline: Any = MovingPipeline(checkpoint, engine, movable, refuses)
     engine.model = pipeline
-    words = "through the host" if refuses else "straight into their memory"
+    words = "through the host" if refuses else "straight into the other"
     assert all(words in how for how in pipeline.how)
     for _ in range(3):
         streams = [
@@ -164,8 +166,7 @@ def test_moves_change_no_token(
             pipeline.decide()
             while engine.plan() is not None:
                 pass
-            if engine.plans:
-                engine.run_one()
+            engine.run_one()
         for stream, right in zip(streams, expected, strict=True):
             assert engine.outputs[stream][: len(right)] == right
     assert pipeline.moved > 2

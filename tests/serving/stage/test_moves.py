@@ -7,10 +7,12 @@ say was written last.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
 from queue import Queue
@@ -255,6 +257,37 @@ def test_a_link_that_is_cut_in_the_middle_is_told_and_ends_the_wait() -> None:
         pipeline.send(msgspec.structs.replace(plan, epoch=1))
     pipeline.stages[0].join(20)
     assert isinstance(pipeline.stages[0].error, EngineDeadError)
+
+
+@pytest.mark.parametrize("spoilt", [None, 0, 3])
+def test_links_are_tried_out_and_wrong_values_are_seen(spoilt: int | None) -> None:
+    """Three stages; message number `spoilt` of the first one is wrong."""
+    wires = Wires(0)
+    owners = {1: [0, 1], 4: [0, 1, 2]}
+    kv = [{n: torch.zeros(PAGES, 2, PAGE, 1, 1) for n in owners} for _ in range(3)]
+
+    def try_out(stage: int) -> None:
+        links = wires.links(stage)
+        sent = itertools.count()
+        send = links.send
+
+        def spoil(rows: Tensor, peer: int) -> None:
+            wrong = stage == 0 and next(sent) == spoilt
+            send(rows + 1 if wrong else rows, peer)
+
+        links.send = spoil  # type: ignore[method-assign]
+        LinkedCopies(kv[stage], links).try_out(stage, owners)
+
+    with ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(try_out, stage) for stage in range(3)]
+        wait(made, timeout=20, return_when=FIRST_EXCEPTION)
+        for pair in itertools.permutations(range(3), 2):
+            wires.queues[pair].put(None)  # for those who wait for one that stopped
+    errors = [str(error) for future in made if (error := future.exception()) is not None]
+    assert sum("stage 0 gave to stage" in error for error in errors) == (spoilt is not None)
+    if spoilt is None:
+        assert not errors
+        assert not any(tensor.any() for stage in kv for tensor in stage.values())
 
 
 def test_a_plan_of_a_layout_that_nobody_announced_is_refused() -> None:

@@ -101,6 +101,10 @@ def test_what_a_machine_may_refuse(library: _Library, monkeypatch: pytest.Monkey
         driver.open(bytes(64))
     with pytest.raises(LinkRefusedError, match="cuStreamWaitValue32_v2 answered"):
         driver.wait(1, 2, 3)
+    # The library here says of every address that its allocation begins at 0.
+    assert len(driver.export(0)) == 64
+    with pytest.raises(LinkRefusedError, match="inside another allocation"):
+        driver.export(512)
     _install(monkeypatch, _Library(missing="cuStreamWaitValue32_v2"))
     with pytest.raises(LinkRefusedError, match="too old"):
         _driver()
