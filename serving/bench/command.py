@@ -392,6 +392,10 @@ async def _bench(settings: Settings) -> None:
             product = products.get(load.text)
             row |= target.moves()
             row["stages_percent"] = shares
+            row["prediction_error_percent"] = [
+                None if error is None else round(100 * error, 2)
+                for error in target.prediction_errors()
+            ]
             row["matmul_s"] = None if product is None else round(product, 3)
             print_row(row, settings.as_json)
             if settings.picture is not None:

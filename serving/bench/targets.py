@@ -84,6 +84,11 @@ class Target(ABC):
         """Where each stage's time went since the start, as last reported; none from an address."""
         return []
 
+    def prediction_errors(self) -> list[float | None]:
+        """Mean relative error of each stage's predicted step times, None where nothing was learnt;
+        none from an address."""
+        return []
+
     @asynccontextmanager
     async def moving(self) -> AsyncIterator[None]:
         """Make layers move while the block runs, where that was asked for."""
@@ -147,6 +152,9 @@ class InProcess(Target):
 
     def stages(self) -> list[StageSeconds]:
         return list(self._engine.stats.stages)
+
+    def prediction_errors(self) -> list[float | None]:
+        return list(self._engine.stats.prediction_errors)
 
     async def draw(self, picture: Picture, since: float, title: str) -> None:
         batches = await self._recording.batches(since)

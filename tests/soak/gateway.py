@@ -27,6 +27,8 @@ import httptools
 import httpx2
 import psutil
 
+from tests.soak.memory import memory_bytes
+
 ROOT = Path(__file__).parents[2]
 PASSWORD = "soak-" + random.SystemRandom().randbytes(12).hex()
 
@@ -129,17 +131,6 @@ async def client(number: int, port: int, key: str, model: str, end: float, tally
     await asyncio.sleep(rng.random() * 2)
     while time.monotonic() < end:
         await one_answer(port, key, model, rng, tally, end)
-
-
-def memory_bytes(root: psutil.Process) -> int:
-    """Proportional set size of a process and all below it: shared pages count once."""
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.NoSuchProcess:
-            continue
-    return total
 
 
 def free_port() -> int:

@@ -105,3 +105,5 @@ def test_with_an_engine(tmp_path: Path) -> None:
     assert row["moves"] >= 2
     assert 0 < row["move_p50_ms"] <= row["move_max_ms"]
     assert row["gap_moving_max_ms"] > 0
+    assert len(row["prediction_error_percent"]) == 2
+    assert all(error is None or error >= 0 for error in row["prediction_error_percent"])
