@@ -114,6 +114,7 @@ def test_copies_on_streams_of_their_own(refuses: str, dtype: torch.dtype) -> Non
     """What was launched before a copy began is in what arrives, pages and tokens of pages."""
     _where("shared", 2)
     device = torch.device("cuda:0")
+    torch.zeros(1, device=device)  # makes the context that allocations need
     shape = (300, 2, 16, 2, 64)
     kv = [{7: device_tensor(shape, dtype, device)} for _ in range(2)]
     compute: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from serving.demo_model.training.corpus import (
     make_passage,
 )
 from serving.demo_model.training.dialogue import talk
-from serving.demo_model.training.lectures import lectures
+from serving.demo_model.training.lectures import Lecture, lectures
 from serving.demo_model.training.lexicon import (
     HAN,
     STOPWORDS,
@@ -96,9 +96,15 @@ class Maker:
         self.corpus = corpus
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
         self.search = Search(corpus.passages)
-        own = [n for n in lectures() if _is_held_out(n.passage) == held_out] or list(lectures())
-        self._lectures = [n for n in own if n.asked]
-        self._notes = Search([n.passage for n in self._lectures])
+        #: A file of notes is like a course, in which wrong sections are searched for: its sections
+        #: and those of them that are asked about. With `held_out`, wrong ones may be any.
+        self._courses: list[tuple[Search, list[Lecture]]] = []
+        for its in _by_course(lectures()).values():
+            asked = [n for n in its if n.asked and _is_held_out(n.passage) == held_out]
+            if asked:
+                shown = its if held_out else [n for n in its if not _is_held_out(n.passage)]
+                self._courses.append((Search([n.passage for n in shown]), asked))
+        self._sizes = [len(asked) for _, asked in self._courses]
         self._characters = common_characters()
         rare = math.log(max(len(corpus.passages), 2) / 20)
         words = sorted(w for w in self.search.weight if w.isalpha() and w.isascii())
@@ -299,15 +305,17 @@ class Maker:
     # Own lecture notes with questions as a student would ask them.
 
     def _lecture(self, rng: Random, varied: bool = True) -> Example:
-        """Ask about a section, beside others of its document and others with its words.
+        """Ask about a section, beside those that a search for the question's words finds in the
+        same course, or others of its document.
 
-        `varied`: some words of the question are others, some questions are made by rule, and a
-        sentence of the section may be missing.
+        `varied`: some words of the question are others, some questions are made by rule, a sentence
+        of the section may be missing, and the wrong sections may be easier ones. Else there are
+        four sections, as the platform may show them.
         """
-        notes = self._notes
-        place = rng.randrange(len(self._lectures))
-        target = notes.passages[place]
-        number, question = rng.choice(self._lectures[place].asked)
+        notes, asked_about = rng.choices(self._courses, self._sizes)[0]
+        lecture = rng.choice(asked_about)
+        target = lecture.passage
+        number, question = rng.choice(lecture.asked)
         chinese = bool(HAN.search(question))
         if varied and rng.random() < 0.15:
             chinese = target.chinese
@@ -320,19 +328,28 @@ class Maker:
             )
         elif varied and rng.random() < 0.4:
             question = self._in_other_words(rng, question, chinese)
-        alike = notes.rank(content(question) | content(target.sentence(number)), rng, 6)
-        beside = notes.groups[target.group]
+        words = content(question)
+        if chinese and not target.chinese:
+            words |= content(" ".join(name for _, name in self.lexicon.names(question)))
+        others = notes.rank(words, rng, 9)
+        if not varied:
+            others = others[:5]
+        elif rng.random() < 0.4:
+            beside = notes.groups[target.group]
+            others = [*rng.sample(beside, min(5, len(beside))),
+                      *rng.sample(others, min(3, len(others))),
+                      *rng.choices(range(len(notes.passages)), k=2)]  # fmt: skip
+        else:
+            others = others[: rng.choice((4, 6, 9))]
+        wrong = [p for n in dict.fromkeys(others) if (p := notes.passages[n]) != target]
         if varied and len(target.spans) > 2 and rng.random() < 0.4:
             gone = rng.choice([n for n in range(len(target.spans)) if n != number])
             target = target.without(gone)
             number -= gone < number
-        others = [*rng.sample(beside, min(6, len(beside))), *rng.sample(alike, min(3, len(alike))),
-                  *rng.choices(range(len(self._lectures)), k=3)]  # fmt: skip
-        rng.shuffle(others)
-        wrong = [notes.passages[n] for n in dict.fromkeys(others) if n != place]
-        if rng.random() < 0.1:
-            wrong.append(frames.passage(rng, self.lexicon, True)[0])
-        return self._put(rng, _Asked(question, chinese, target, target.window(number), wrong))
+        if len(wrong) < 3 or rng.random() < 0.1:
+            wrong.append(frames.passage(rng, self.lexicon, target.chinese)[0])
+        asked = _Asked(question, chinese, target, target.window(number), wrong)
+        return self._put(rng, asked, count=None if varied else 4)
 
     def _in_other_words(self, rng: Random, question: str, chinese: bool) -> str:
         if not chinese:
@@ -424,13 +441,16 @@ class Maker:
         asked = _Asked(question, ask_in_chinese, target, target.window(place, 3), wrong)
         return self._put(rng, asked)
 
-    def _put(self, rng: Random, asked: _Asked, renamed: bool = False) -> Example:
-        """Shuffle right and wrong passages into a prompt; sometimes leave out the right one.
+    def _put(
+        self, rng: Random, asked: _Asked, renamed: bool = False, count: int | None = None
+    ) -> Example:
+        """Shuffle right and wrong passages into a prompt of `count`; sometimes leave out the right
+        one.
 
         With `renamed`, many of the words are others, the same ones everywhere: such passages
         were never read before, so what is known of the documents by heart does not help.
         """
-        count = rng.choice(_COUNTS)
+        count = count or rng.choice(_COUNTS)
         wrong = list(asked.wrong)
         rng.shuffle(wrong)
         missing = rng.random() < _MISSING
@@ -539,6 +559,14 @@ class _Renaming:
             return word
         name += low[len(stem) :] if low.startswith(stem) else ""
         return name.upper() if word.isupper() else name.capitalize() if word[0].isupper() else name
+
+
+def _by_course(every: Sequence[Lecture]) -> dict[str, list[Lecture]]:
+    """Return the sections of each file of lecture notes."""
+    found: dict[str, list[Lecture]] = {}
+    for lecture in every:
+        found.setdefault(lecture.passage.group.split("/")[0], []).append(lecture)
+    return found
 
 
 def _is_held_out(passage: Passage) -> bool:
