@@ -133,10 +133,10 @@ def expected(checkpoint: Path) -> list[list[int]]:
     [
         (2, LAYERS, True, ""),
         (2, 1, True, "open"),
-        (2, LAYERS, False, "export"),
-        (3, LAYERS, True, "export"),
-        (3, 1, True, ""),
         (3, LAYERS, False, ""),
+        pytest.param(2, LAYERS, False, "export", marks=pytest.mark.full),
+        pytest.param(3, LAYERS, True, "export", marks=pytest.mark.full),
+        pytest.param(3, 1, True, "", marks=pytest.mark.full),
     ],
 )
 def test_moves_change_no_token(
