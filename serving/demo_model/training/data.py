@@ -38,18 +38,24 @@ _BATCH = 64
 def documents(
     maker: Maker, tokenizer: Tokenizer, rng: Random, context: int
 ) -> Iterator[NDArray[np.uint16]]:
-    """Yield marked token ids of examples without end; too long ones are left out."""
+    """Yield marked token ids of examples without end; what is too long loses its last turns, or is
+    left out."""
     while True:
         batch: list[Example] = [maker.example(rng) for _ in range(_BATCH)]
-        texts = [text for example in batch for text in (example.read, example.answer)]
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for place in range(0, len(encoded), 2):
-            read, answer = encoded[place].ids, encoded[place + 1].ids
-            if 2 <= len(read) + len(answer) <= context:
-                ids = np.array(read + answer, dtype=np.uint16)
-                ids[len(read) :] |= ANSWER
-                ids[0] |= FIRST
-                yield ids
+        texts = [text for example in batch for piece in example.pieces() for text in piece]
+        encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        for example in batch:
+            ids: list[int] = []
+            fits = True
+            for _ in example.pieces():
+                read, answer = next(encoded).ids, next(encoded).ids
+                fits = fits and len(ids) + len(read) + len(answer) <= context
+                if fits:
+                    ids += [*read, *(n | ANSWER for n in answer)]
+            if len(ids) >= 2:
+                made = np.array(ids, dtype=np.uint16)
+                made[0] |= FIRST
+                yield made
 
 
 def pack(

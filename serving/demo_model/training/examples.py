@@ -43,6 +43,9 @@ LECTURES = 0.4
 _MISSING = 0.17
 #: Passages of a prompt; a few long prompts, so that all positions are met.
 _COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 8) * 3 + (12, 16)
+#: Further questions on the same passages: so a prompt that is read once teaches several choices.
+_FURTHER_LECTURES = (0, 4, 8, 10, 12)
+_FURTHER_DOCUMENTS = (0, 0, 2, 3, 4)
 _COURSES = (
     "编译原理", "操作系统", "计算机网络", "数据库系统", "软件工程", "数据结构", "机器学习导论",
     "Operating Systems", "Computer Networks", "Databases", "Software Engineering", "Algorithms",
@@ -68,10 +71,18 @@ _ASIDE_ZH = (
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text in pieces: what is only read, and what is to be learnt (`answer`)."""
+    """A text in pieces: what is only read, and what is to be learnt (`answer`); `more` follows."""
 
     read: str
     answer: str
+    more: tuple[Example, ...] = ()
+
+    def pieces(self) -> list[tuple[str, str]]:
+        """Return all that is read and answered, in order."""
+        return [(self.read, self.answer), *(piece for e in self.more for piece in e.pieces())]
+
+    def text(self) -> str:
+        return "".join(read + answer for read, answer in self.pieces())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,11 @@ class _Asked:
     target: Passage
     text: str | None
     wrong: list[Passage]
+
+
+#: Makes a further question on passages that are shown: (question, in Chinese, number of the passage
+#: from 0, its text), with -1 if none of them answers it. None if it finds no question.
+_Follow = Callable[[Random, Sequence[Passage]], tuple[str, bool, int, str] | None]
 
 
 class Maker:
@@ -99,11 +115,13 @@ class Maker:
         #: A file of notes is like a course, in which wrong sections are searched for: its sections
         #: and those of them that are asked about. With `held_out`, wrong ones may be any.
         self._courses: list[tuple[Search, list[Lecture]]] = []
+        self._lectures: dict[Passage, Lecture] = {}
         for its in _by_course(lectures()).values():
             asked = [n for n in its if n.asked and _is_held_out(n.passage) == held_out]
             if asked:
                 shown = its if held_out else [n for n in its if not _is_held_out(n.passage)]
                 self._courses.append((Search([n.passage for n in shown]), asked))
+                self._lectures |= {n.passage: n for n in shown}
         self._sizes = [len(asked) for _, asked in self._courses]
         self._characters = common_characters()
         rare = math.log(max(len(corpus.passages), 2) / 20)
@@ -168,21 +186,41 @@ class Maker:
         while True:
             number = rng.choice(self._numbers)
             target = search.passages[number]
-            place = rng.randrange(len(target.spans))
-            sentence = target.sentence(place)
-            if len(sentence) < 30:
-                continue
-            if chinese:
-                question = ask_across(sentence, rng, self.lexicon, chinese=True)
-                if question is not None:
-                    return number, place, question
-            elif rng.random() < 0.06 and len(target.heading.split()) > 2:
-                asked = ask_english(target.heading, rng, self.lexicon, search.weight, 0.3)
-                return number, 0, asked
-            else:
-                swap = rng.choice((0.0, 0.2, 0.4, 0.5, 0.6))
-                asked = ask_english(sentence, rng, self.lexicon, search.weight, swap)
-                return number, place, asked
+            if not chinese and rng.random() < 0.06 and len(target.heading.split()) > 2:
+                return number, 0, ask_english(target.heading, rng, self.lexicon, search.weight, 0.3)
+            found = self._asked_of(rng, target, chinese)
+            if found is not None:
+                return number, *found
+
+    def _asked_of(self, rng: Random, passage: Passage, chinese: bool) -> tuple[int, str] | None:
+        """Return the place of a sentence in a passage and a question on it, if one can be made."""
+        place = rng.randrange(len(passage.spans))
+        sentence = passage.sentence(place)
+        if len(sentence) < 30:
+            return None
+        if chinese:
+            question = ask_across(sentence, rng, self.lexicon, chinese=True)
+            return None if question is None else (place, question)
+        swap = rng.choice((0.0, 0.2, 0.4, 0.5, 0.6))
+        return place, ask_english(sentence, rng, self.lexicon, self.search.weight, swap)
+
+    def _further_of_documents(
+        self, rng: Random, shown: Sequence[Passage]
+    ) -> tuple[str, bool, int, str] | None:
+        number = rng.randrange(len(shown))
+        passage = shown[number]
+        if rng.random() < _MISSING:  # of the same document, but not shown
+            same = [self.search.passages[n] for n in self.search.groups.get(passage.group, [])]
+            names = {(p.title, p.heading) for p in shown}
+            absent = [p for p in same if (p.title, p.heading) not in names]
+            if not absent:
+                return None
+            number, passage = -1, rng.choice(absent)
+        chinese = rng.random() < 0.4
+        found = self._asked_of(rng, passage, chinese)
+        if found is None:
+            return None
+        return found[1], chinese, number, passage.window(found[0])
 
     def _about_documents(self, rng: Random, chinese: bool) -> Example:
         search = self.search
@@ -207,7 +245,13 @@ class Maker:
         words = content(question if not chinese else sentence)
         wrong = self._other_documents(rng, words, number)
         asked = _Asked(question, chinese, target, text, wrong)
-        return self._put(rng, asked, renamed=not chinese and rng.random() < _RENAMED)
+        return self._put(
+            rng,
+            asked,
+            renamed=not chinese and rng.random() < _RENAMED,
+            follow=self._further_of_documents,
+            further=rng.choice(_FURTHER_DOCUMENTS),
+        )
 
     def _with_aside(self, rng: Random, question: str, chinese: bool) -> str:
         """Return the question with words round it that the right passage need not have."""
@@ -308,50 +352,93 @@ class Maker:
 
     def _lecture(self, rng: Random, varied: bool = True) -> Example:
         """Ask about a section, beside those that a search for the question's words finds in the
-        same course, or others of its document.
+        same course, or others of its document; then about any of these.
 
-        `varied`: some words of the question are others, some questions are made by rule, a sentence
-        of the section may be missing, and the wrong sections may be easier ones. Else there are
-        four sections, as the platform may show them.
+        `varied`: some words of the questions are others, some questions are made by rule, a
+        sentence of a section may be missing, and the wrong sections may be easier ones. Else there
+        is one question and four sections, as the platform may show them.
         """
         notes, asked_about = rng.choices(self._courses, self._sizes)[0]
         lecture = rng.choice(asked_about)
-        target = lecture.passage
         number, question = rng.choice(lecture.asked)
         chinese = bool(HAN.search(question))
-        if varied and rng.random() < 0.15:
-            chinese = target.chinese
-            number = rng.randrange(len(target.spans))
-            sentence = target.sentence(number)
-            question = (
-                ask_chinese(sentence, rng, self.lexicon, 0.5)
-                if chinese
-                else ask_english(sentence, rng, self.lexicon, self.search.weight, 0.4)
-            )
-        elif varied and rng.random() < 0.4:
-            question = self._in_other_words(rng, question, chinese)
         words = content(question)
-        if chinese and not target.chinese:
+        if chinese and not lecture.passage.chinese:
             words |= content(" ".join(name for _, name in self.lexicon.names(question)))
         others = notes.rank(words, rng, 9)
+        beside = notes.groups[lecture.passage.group]
         if not varied:
             others = others[:5]
         elif rng.random() < 0.4:
-            beside = notes.groups[target.group]
             others = [*rng.sample(beside, min(5, len(beside))),
                       *rng.sample(others, min(3, len(others))),
                       *rng.choices(range(len(notes.passages)), k=2)]  # fmt: skip
         else:
             others = others[: rng.choice((4, 6, 9))]
-        wrong = [p for n in dict.fromkeys(others) if (p := notes.passages[n]) != target]
-        if varied and len(target.spans) > 2 and rng.random() < 0.4:
-            gone = rng.choice([n for n in range(len(target.spans)) if n != number])
-            target = target.without(gone)
-            number -= gone < number
+        passages = [notes.passages[n] for n in dict.fromkeys(others)]
+        sections = [self._lectures[p] for p in passages if p != lecture.passage]
+        if varied:
+            lecture, number = self._shortened(rng, lecture, number)
+            sections = [self._shortened(rng, section)[0] for section in sections]
+            question, chinese, number = self._varied(rng, lecture.passage, question, number)
+        target = lecture.passage
+        wrong = [section.passage for section in sections]
         if len(wrong) < 3 or rng.random() < 0.1:
             wrong.append(frames.passage(rng, self.lexicon, target.chinese)[0])
         asked = _Asked(question, chinese, target, target.window(number), wrong)
-        return self._put(rng, asked, count=None if varied else 4)
+        if not varied:
+            return self._put(rng, asked, count=4)
+        own = {section.passage: section for section in [lecture, *sections]}
+        told = {question}
+
+        def further(rng: Random, shown: Sequence[Passage]) -> tuple[str, bool, int, str] | None:
+            names = {(p.title, p.heading) for p in shown}
+            if rng.random() < _MISSING:
+                # A section of the same document that is not shown: what is there does not answer.
+                absent = [p for n in beside if (p := notes.passages[n]) not in own]
+                absent = [p for p in absent if (p.title, p.heading) not in names]
+                sources = [(-1, self._lectures[p]) for p in absent]
+            else:
+                sources = [(n, own[p]) for n, p in enumerate(shown) if p in own]
+            sources = [(n, section) for n, section in sources if section.asked]
+            if not sources:
+                return None
+            shown_as, section = rng.choice(sources)
+            place, asked = rng.choice(section.asked)
+            if asked in told:
+                return None
+            told.add(asked)
+            asked, chinese, place = self._varied(rng, section.passage, asked, place)
+            return asked, chinese, shown_as, section.passage.window(place)
+
+        return self._put(rng, asked, follow=further, further=rng.choice(_FURTHER_LECTURES))
+
+    def _shortened(self, rng: Random, lecture: Lecture, kept: int = -1) -> tuple[Lecture, int]:
+        """Leave out a sentence, at times, but not number `kept`; return its new number too."""
+        count = len(lecture.passage.spans)
+        if count < 3 or rng.random() > 0.4:
+            return lecture, kept
+        gone = rng.choice([n for n in range(count) if n != kept])
+        asked = tuple((n - (n > gone), q) for n, q in lecture.asked if n != gone)
+        return Lecture(lecture.passage.without(gone), asked), kept - (gone < kept)
+
+    def _varied(
+        self, rng: Random, passage: Passage, question: str, number: int
+    ) -> tuple[str, bool, int]:
+        """Return a question as it is, in other words, or one made by rule; its language, place."""
+        chinese = bool(HAN.search(question))
+        if rng.random() < 0.1:
+            chinese = passage.chinese
+            number = rng.randrange(len(passage.spans))
+            sentence = passage.sentence(number)
+            question = (
+                ask_chinese(sentence, rng, self.lexicon, 0.5)
+                if chinese
+                else ask_english(sentence, rng, self.lexicon, self.search.weight, 0.4)
+            )
+        elif rng.random() < 0.5:
+            question = self._in_other_words(rng, question, chinese)
+        return question, chinese, number
 
     def _in_other_words(self, rng: Random, question: str, chinese: bool) -> str:
         if not chinese:
@@ -444,10 +531,16 @@ class Maker:
         return self._put(rng, asked)
 
     def _put(
-        self, rng: Random, asked: _Asked, renamed: bool = False, count: int | None = None
+        self,
+        rng: Random,
+        asked: _Asked,
+        renamed: bool = False,
+        count: int | None = None,
+        follow: _Follow | None = None,
+        further: int = 0,
     ) -> Example:
         """Shuffle right and wrong passages into a prompt of `count`; sometimes leave out the right
-        one.
+        one. Up to `further` questions of `follow` come after it, in turns of their own.
 
         With `renamed`, many of the words are others, the same ones everywhere: such passages
         were never read before, so what is known of the documents by heart does not help.
@@ -466,16 +559,27 @@ class Maker:
             shown = [rename.passage(p) for p in shown]
             asked = replace(asked, question=rename(asked.question))
             text = None if text is None else rename(text)
-        terms: list[tuple[str, str]] = []
-        if chinese and any(not p.chinese for p in shown) and rng.random() < 0.85:
-            terms = self.lexicon.names(asked.question)[:_MOST_TERMS]
+        terms = self._terms(rng, asked.question, chinese, shown)
         turns = self._before(rng, chinese)
         turns.append(prompts.question_turn(asked.question, shown, chinese, terms))
-        if missing or text is None:
-            answer = prompts.REFUSAL_ZH if chinese else prompts.REFUSAL_EN
-        else:
-            answer = prompts.answer_text(right + 1, text, chinese)
-        return Example(prompts.chat(turns), answer + prompts.TURN_END + "\n")
+        more = []
+        for _ in range(0 if renamed or follow is None or not shown else further):
+            assert follow is not None
+            made = follow(rng, shown)
+            if made is not None:
+                question, in_chinese, number, quoted = made
+                names = self._terms(rng, question, in_chinese, shown)
+                turn = prompts.further_turn(question, in_chinese, names)
+                more.append(_answered([turn], in_chinese, number, quoted))
+        first = _answered(turns, chinese, right, text)
+        return replace(first, more=tuple(more))
+
+    def _terms(
+        self, rng: Random, question: str, chinese: bool, shown: Sequence[Passage]
+    ) -> list[tuple[str, str]]:
+        if not chinese or all(p.chinese for p in shown) or rng.random() > 0.85:
+            return []
+        return self.lexicon.names(question)[:_MOST_TERMS]
 
     def _before(self, rng: Random, chinese: bool) -> list[Turn]:
         """The system text, and at times an earlier question with its answer."""
@@ -561,6 +665,15 @@ class _Renaming:
             return word
         name += low[len(stem) :] if low.startswith(stem) else ""
         return name.upper() if word.isupper() else name.capitalize() if word[0].isupper() else name
+
+
+def _answered(turns: Sequence[Turn], chinese: bool, number: int, text: str | None) -> Example:
+    """Return turns with their answer from passage `number`, counted from 0; -1: a refusal."""
+    if number < 0 or text is None:
+        answer = prompts.REFUSAL_ZH if chinese else prompts.REFUSAL_EN
+    else:
+        answer = prompts.answer_text(number + 1, text, chinese)
+    return Example(prompts.chat(turns), answer + prompts.TURN_END + "\n")
 
 
 def _by_course(every: Sequence[Lecture]) -> dict[str, list[Lecture]]:

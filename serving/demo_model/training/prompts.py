@@ -64,13 +64,20 @@ def question_turn(
     asked = f"{'问题：' if chinese else 'Question:'} {question}"
     if not passages:
         return "user", f"{NOTHING_ZH if chinese else NOTHING_EN}\n\n{asked}"
-    parts = [asked]
-    if terms:
-        names = "；".join(f"{chinese_name} = {name}" for chinese_name, name in terms)
-        parts.append(f"术语：{names}")
-    parts.append("课程资料：" if chinese else "Course passages:")
+    parts = [asked, *_names(terms), "课程资料：" if chinese else "Course passages:"]
     parts += [shown(n, p) for n, p in enumerate(passages, start=1)]
     return "user", "\n\n".join([*parts, asked])
+
+
+def further_turn(question: str, chinese: bool, terms: Sequence[tuple[str, str]] = ()) -> Turn:
+    """Return a further question on the passages of an earlier turn."""
+    asked = f"{'问题：' if chinese else 'Question:'} {question}"
+    return "user", "\n\n".join([*_names(terms), asked])
+
+
+def _names(terms: Sequence[tuple[str, str]]) -> list[str]:
+    names = "；".join(f"{chinese_name} = {name}" for chinese_name, name in terms)
+    return [f"术语：{names}"] if names else []
 
 
 def answer_text(number: int, text: str, chinese: bool) -> str:

@@ -49,9 +49,8 @@ def _texts(corpus: Corpus, examples: int, seed: int) -> Iterator[str]:
     maker = Maker(corpus)
     rng = Random(f"tokenizer-{seed}")
     for _ in range(examples):
-        example = maker.example(rng)
-        yield example.read
-        yield example.answer
+        for piece in maker.example(rng).pieces():
+            yield from piece
 
 
 def train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from serving.demo_model.training.corpus import Corpus, content, make_passage
 from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS, generate, make_shard
 from serving.demo_model.training.examples import Maker, _Renaming
 from serving.demo_model.training.export import export, load, shape_of
+from serving.demo_model.training.lectures import lectures
 from serving.demo_model.training.lexicon import HAN
 from serving.demo_model.training.model import BlockMasks, Decoder, Shape, attend, dense_mask
 from serving.demo_model.training.optimiser import orthogonal
@@ -81,7 +83,7 @@ def test_no_text_of_the_sample_course_is_in_the_sources(corpus: Corpus) -> None:
 
 def test_no_example_contains_text_of_the_sample_course(maker: Maker) -> None:
     texts = [maker.example(Random(n)) for n in range(300)]
-    assert shared(e.read + e.answer for e in texts) == []
+    assert shared(e.text() for e in texts) == []
 
 
 def test_the_search_for_shared_text_finds_it() -> None:
@@ -132,27 +134,56 @@ def test_prompts_are_those_of_the_platform() -> None:
 def test_examples_are_the_same_for_the_same_seed(maker: Maker) -> None:
     def texts(seed: int) -> list[str]:
         rng = Random(seed)
-        return [e.read + e.answer for e in (maker.example(rng) for _ in range(40))]
+        return [maker.example(rng).text() for _ in range(40)]
 
     assert texts(1) == texts(1)
     assert texts(1) != texts(2)
 
 
 def test_answers_are_copied_from_the_passage_they_cite(maker: Maker) -> None:
-    cited = refused = 0
+    cited = refused = further = 0
     rng = Random(5)
     for _ in range(300):
-        example = maker.example(rng)
-        answer = example.answer.removesuffix("<|im_end|>\n")
-        for lead in ("According to [", "根据资料 ["):
-            if answer.startswith(lead):
-                number, text = answer.removeprefix(lead).split("]", 1)
-                parts = example.read.rsplit("<|im_start|>user\n", 1)[1].split('<passage n="[')
-                passage = next(p for p in parts if p.startswith(f"{number}]"))
-                assert text[1:].strip().strip("`").strip() in passage
-                cited += 1
-        refused += answer in (prompts.REFUSAL_EN, prompts.REFUSAL_ZH)
+        pieces = maker.example(rng).pieces()
+        shown = pieces[0][0].rsplit("<|im_start|>user\n", 1)[-1].split('<passage n="[')
+        for place, (_, said) in enumerate(pieces):
+            answer = said.removesuffix("<|im_end|>\n")
+            for lead in ("According to [", "根据资料 ["):
+                if answer.startswith(lead):
+                    number, text = answer.removeprefix(lead).split("]", 1)
+                    passage = next(p for p in shown if p.startswith(f"{number}]"))
+                    assert text[1:].strip().strip("`").strip() in passage
+                    cited += 1
+                    further += place > 0
+            refused += answer in (prompts.REFUSAL_EN, prompts.REFUSAL_ZH)
     assert cited > 120
+    assert refused > 20
+    assert further > 100
+
+
+def test_further_questions_are_asked_once_and_need_their_section(maker: Maker) -> None:
+    """What the notes say answers them is shown, or else the answer is a refusal."""
+    answers: defaultdict[str, list[str]] = defaultdict(list)
+    for lecture in lectures():
+        for number, question in lecture.asked:
+            answers[question].append(lecture.passage.sentence(number).strip())
+    rng = Random(2)
+    answered = refused = 0
+    for _ in range(150):
+        example = maker._lecture(rng)
+        told: set[str] = set()
+        for read, said in example.pieces()[1:]:
+            line = read.rsplit("<|im_end|>", 1)[0].rsplit("\n", 1)[-1]
+            question = line.split(" ", 1)[1]
+            assert question not in told
+            told.add(question)
+            if question in answers:  # as it is in the notes
+                refuses = said.startswith((prompts.REFUSAL_EN, prompts.REFUSAL_ZH))
+                assert refuses != any(sentence in example.read for sentence in answers[question])
+                assert refuses or any(sentence in said for sentence in answers[question])
+                answered += not refuses
+                refused += refuses
+    assert answered > 100
     assert refused > 20
 
 
@@ -169,8 +200,8 @@ def test_held_out_documents_are_shown_by_no_other_maker() -> None:
             assert not any(f'source="T">\n{bodies[n]}' in read for n in numbers)
     hidden = [bodies[n] for n in other._numbers]
     for _ in range(600):  # small talk, asides, lectures and all others
-        made = usual.example(rng)
-        assert not any(body in made.read for body in hidden)
+        made = usual.example(rng).text()
+        assert not any(body in made for body in hidden)
 
 
 def test_held_out_lectures_are_shown_by_no_other_maker(maker: Maker) -> None:
@@ -282,27 +313,32 @@ def test_rows_hold_whole_documents(maker: Maker, tokenizer: Path) -> None:
         torch.from_numpy(shard.astype(np.int64)), filler, 0.1, 5.0
     )
     assert ((shard & TOKEN_BITS) != filler).mean() > 0.7
-    whole = 0
+    whole = turns = 0
     for row in range(6):
         starts = np.flatnonzero(shard[row] & FIRST)
         for start, end in zip(starts, [*starts[1:], 4096], strict=True):
             ids = shard[row, start:end]
-            text = encoder.decode((ids & TOKEN_BITS).tolist(), skip_special_tokens=False)
-            answer = encoder.decode(
-                (ids[(ids & ANSWER) != 0] & TOKEN_BITS).tolist(), skip_special_tokens=False
-            )
-            if answer:
-                assert text.endswith(answer)
-                assert text.removesuffix(answer).endswith("<|im_start|>assistant\n")
+            answers = (ids & ANSWER) != 0
+            edges = np.flatnonzero(np.diff(answers.astype(np.int8), prepend=0, append=0)).tolist()
+            turns += len(edges) > 2
+            wanted = [0.1] * (end - start)
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                before, answer = (
+                    encoder.decode((part & TOKEN_BITS).tolist(), skip_special_tokens=False)
+                    for part in (ids[:first], ids[first:last])
+                )
+                assert before.endswith("<|im_start|>assistant\n")
                 assert answer.endswith("<|im_end|>\n")
-                first = start + int(np.argmax((ids & ANSWER) != 0)) - 1
-                wanted = ([5.0] * 6 + [1.0] * (end - first))[: end - 1 - first]
-                assert weights[row, first : end - 1].tolist() == wanted
-                whole += 1
+                wanted[first:last] = ([5.0] * 6 + [1.0] * (last - first))[: last - first]
+                whole += last == end - start
+            found = weights[row, start : end - 1].tolist()
+            if ids[0] & TOKEN_BITS != filler:
+                assert found == pytest.approx(wanted[1:])
             assert positions[row, start:end].tolist() == list(range(end - start))
             assert len(set(documents[row, start:end].tolist())) == 1
             assert weights[row, start - 1] == 0.0
     assert whole > 10
+    assert turns > 3
     assert (targets[:, :-1] == tokens[:, 1:]).all()
     assert weights.unique().tolist() == pytest.approx([0.0, 0.1, 1.0, 5.0])
 
