@@ -33,12 +33,14 @@ from numpy.typing import NDArray
 from serving.core import Sequence
 from serving.driver.order.base import Order
 from serving.driver.order.fairness import Deficits
+from serving.driver.order.lengths import LengthShares
 from serving.driver.outlook import Outlook
 from serving.driver.slots import Int64s
 
-#: Rows of a queue's figures: when the age of a prompt begins, when it is due, and the predicted
-#: seconds of what is left of it, NaN before they are reckoned first.
-_SINCE, _DEADLINE, _SECONDS = range(3)
+#: Rows of a queue's figures: when the age of a prompt begins, when it is due, the predicted seconds
+#: of what is left of it, NaN before they are reckoned first, its class of lengths, and 1 once its
+#: first token was noted as late.
+_SINCE, _DEADLINE, _SECONDS, _CLASS, _LATE = range(5)
 #: Prompts whose share of the cache is looked up again for a micro-batch, in turn.
 _LOOKS = 8
 #: While a prompt is served others come, and some go first: it takes so many times as long as alone.
@@ -80,7 +82,9 @@ class SloOrder(Order):
         # `_figures` beyond the queue's length are free.
         self._keys: list[int] = []
         self._queue: list[Sequence] = []
-        self._figures = np.zeros((3, 64))
+        self._figures = np.zeros((5, 64))
+        self._lengths = LengthShares()
+        self._now = 0.0
         self._begun: set[int] = set()  # ranks of arrival of those whose answer was interrupted
         self._version = 0  # of the prices in the seconds
         self._credit = 0.0  # prompt tokens that the lane has coming
@@ -109,7 +113,8 @@ class SloOrder(Order):
         if count > figures.shape[1]:
             figures = self._figures = np.concatenate((figures, figures), axis=1)
         figures[:, place + 1 : count] = figures[:, place : count - 1]
-        figures[:, place] = self._age_begins(sequence), deadline, math.nan
+        length_class = self._lengths.class_of(sequence.prompt_len)
+        figures[:, place] = self._age_begins(sequence), deadline, math.nan, length_class, 0
         self.deficits.enter(service.tenant)
         if len(sequence.tokens) > sequence.prompt_len:
             self._begun.add(sequence.order_key)
@@ -150,6 +155,11 @@ class SloOrder(Order):
         tenant = sequence.request.service.tenant
         self.deficits.charge(tenant, prompt=tokens)
         self._slot_tenant[sequence.slot] = tenant
+        if not self._outlook.left(sequence)[0]:
+            place = bisect_left(self._keys, sequence.order_key)
+            figures = self._figures[:, place]
+            if figures[_DEADLINE] < math.inf and not figures[_LATE]:
+                self._lengths.note(int(figures[_CLASS]), bool(self._now <= figures[_DEADLINE]))
         if self._aged:
             self._credit += self._lane * tokens
             if sequence is self._oldest:
@@ -164,11 +174,16 @@ class SloOrder(Order):
     # ---- the choice
 
     def ranked(self, now: float) -> Iterator[Sequence]:
+        self._now = now
         return iter(list(self._queue)) if len(self._queue) < 2 else self._ranked(now)
 
     def _ranked(self, now: float) -> Iterator[Sequence]:
         self._refresh()
         queue, figures, places = self._queue, self._figures, np.arange(len(self._queue))
+        due = figures[_DEADLINE, : len(queue)]
+        for place in ((due < now) & (figures[_LATE, : len(queue)] == 0)).nonzero()[0].tolist():
+            figures[_LATE, place] = 1
+            self._lengths.note(int(figures[_CLASS, place]), False)
         behind: list[Sequence] = []
         ahead = self.deficits.ahead()
         if ahead:
@@ -199,7 +214,10 @@ class SloOrder(Order):
         window = self._window + max(0, len(places) - self._window) // 2
         inside = places[:window]
         deadlines, seconds = figures[_DEADLINE, inside], _CROWD * figures[_SECONDS, inside]
-        for place in in_time_then_shortest(now, deadlines, seconds):
+        spared = self._lengths.spared()
+        if spared is not None:
+            spared = spared[figures[_CLASS, inside].astype(np.int64)]
+        for place in in_time_then_shortest(now, deadlines, seconds, spared):
             yield queue[inside[place]]
         for place in places[window:].tolist():
             yield queue[place]
@@ -232,16 +250,20 @@ class SloOrder(Order):
 
 
 def in_time_then_shortest(
-    now: float, deadlines: NDArray[np.float64], seconds: NDArray[np.float64]
+    now: float,
+    deadlines: NDArray[np.float64],
+    seconds: NDArray[np.float64],
+    spared: NDArray[np.bool_] | None = None,
 ) -> Iterator[int]:
     """Places of prompts in the order of steps 3 and 4 above, each reckoned when asked for.
 
     `deadlines` and remaining `seconds` by place; places are ranks of arrival and break ties. No
-    other order has more prompts done by their deadlines when they are done one after the other.
+    other order has more prompts done by their deadlines when they are done one after the other;
+    unless some are `spared`, which are left out only when no other is.
     """
     by_deadline = deadlines.argsort(kind="stable")
     targeted = int(np.count_nonzero(deadlines < math.inf))
-    chosen, left_out = _most_in_time(now, deadlines, seconds, by_deadline[:targeted])
+    chosen, left_out = _most_in_time(now, deadlines, seconds, by_deadline[:targeted], spared)
     lengths = seconds[chosen]
     spare = deadlines[chosen] - (now + lengths.cumsum())
     while len(chosen):
@@ -265,6 +287,7 @@ def _most_in_time(
     deadlines: NDArray[np.float64],
     seconds: NDArray[np.float64],
     by_deadline: Int64s,
+    spared: NDArray[np.bool_] | None,
 ) -> tuple[Int64s, Int64s]:
     """The most prompts that can all be in time, by deadline, and the others (Moore, Hodgson)."""
     hopeless = now + seconds[by_deadline] > deadlines[by_deadline]
@@ -274,16 +297,18 @@ def _most_in_time(
     ends = now + seconds[by_deadline].cumsum()
     if not np.count_nonzero(ends > deadlines[by_deadline]):
         return by_deadline, late
-    longest: list[tuple[float, int]] = []
+    longest: list[tuple[bool, float, int]] = []
     out: set[int] = set()
     at = now
     lengths, dues = seconds[by_deadline].tolist(), deadlines[by_deadline].tolist()
-    for place, length, due in zip(by_deadline.tolist(), lengths, dues, strict=True):
-        heapq.heappush(longest, (-length, -place))
+    last = [False] * len(lengths) if spared is None else spared[by_deadline].tolist()
+    rows = zip(by_deadline.tolist(), lengths, dues, last, strict=True)
+    for place, length, due, is_spared in rows:
+        heapq.heappush(longest, (is_spared, -length, -place))
         at += length
-        if at > due:
-            spared, number = heapq.heappop(longest)
-            at += spared
+        while at > due:
+            _, won, number = heapq.heappop(longest)
+            at += won
             out.add(-number)
     kept = np.array([place not in out for place in by_deadline.tolist()], dtype=np.bool_)
     return by_deadline[kept], np.concatenate((late, by_deadline[~kept]))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from serving.config.service import Service, TtftTarget
 from serving.driver.order.fairness import Deficits
+from serving.driver.order.lengths import LengthShares
 from serving.driver.order.slo import SloOrder, in_time_then_shortest
 from serving.driver.predictor import StepFeatures
 from tests.serving.driver.fake import FakeEngine, FakeModel
@@ -219,6 +220,65 @@ def test_no_other_order_meets_more_targets(times: list[tuple[int, float]]) -> No
         swapped = order.copy()
         swapped[place], swapped[place + 1] = swapped[place + 1], swapped[place]
         assert in_time(swapped, lengths, deadlines) <= met
+
+
+@settings(max_examples=200, deadline=None)
+@given(TIMES, st.data())
+def test_who_is_spared_is_left_out_only_for_others_who_are(
+    times: list[tuple[int, float]], data: st.DataObject
+) -> None:
+    lengths = np.array([float(length) for length, _ in times])
+    deadlines = np.array([float(deadline) for _, deadline in times])
+    spared = np.array(data.draw(st.lists(st.booleans(), min_size=len(times), max_size=len(times))))
+    order = list(in_time_then_shortest(0.0, deadlines, lengths, spared))
+    assert sorted(order) == list(range(len(times)))
+    theirs = np.flatnonzero(spared)
+    alone = in_time_then_shortest(0.0, deadlines[theirs], lengths[theirs])
+    best = in_time(list(alone), lengths[theirs].tolist(), deadlines[theirs].tolist())
+    ends = dict(zip(order, itertools.accumulate(lengths[order].tolist()), strict=True))
+    met = sum(ends[n] <= deadlines[n] for n in theirs.tolist() if deadlines[n] < math.inf)
+    assert met == best
+
+
+def test_a_class_of_lengths_is_spared_while_there_is_enough_to_spare() -> None:
+    shares = LengthShares()
+    assert shares.spared() is None
+    for _ in range(12):
+        shares.note(shares.class_of(8192), False)
+    spared = shares.spared()
+    assert spared is not None
+    assert spared.tolist() == [False, False, True]
+    assert [shares.class_of(n) for n in (1, 1023, 1024, 8191, 8192)] == [0, 0, 1, 1, 2]
+    for _ in range(100):
+        shares.note(0, False)
+    assert shares.spared() is None  # too few of all are in time
+    for _ in range(2000):
+        shares.note(2, True)
+        shares.note(0, True)
+    assert shares.spared() is None
+
+
+def test_long_prompts_get_their_share_when_not_everybody_can_be_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the most in time the long one would be left out, unless others like it were before."""
+    monkeypatch.setattr("serving.driver.order.lengths.BOUNDS", (20, 40))
+
+    def served(late_before: int) -> list[int]:
+        made = engine("slo", num_pages=400)
+        target = Service(ttft=TtftTarget(1.0))
+        for number in range(late_before):
+            made.submit(prompt(50, number), service=target, max_tokens=1, now=-10.0)
+            made.submit(prompt(2, number), service=Service(ttft=TtftTarget(90.0)), max_tokens=1)
+        done = first_served(made)
+        made.submit(prompt(60), service=target, max_tokens=1, now=50.0)
+        for start in (1, 2, 3):
+            made.submit(prompt(30, start), service=target, max_tokens=1, now=50.0)
+        last = 2 * late_before
+        return [stream - last for stream in first_served(made, 50.0) if stream not in done]
+
+    assert served(0)[:2] == [2, 3]
+    assert served(16)[0] == 1
 
 
 @settings(max_examples=100, deadline=None)
