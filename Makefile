@@ -27,9 +27,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Three files of tests at a time, as many of them wait; the driver's branches are counted, as it must be right everywhere.
+# Two files of tests at a time; the driver's branches are counted, as it must be right everywhere.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations=30 \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30 \
 	    --cov=serving/driver --cov-branch --cov-report=term --cov-fail-under=95
 
 test-all: lint
