@@ -18,6 +18,8 @@ from backend.errors import ApiError, StartupError
 
 Result = TypeVar("Result")
 _GRACE_SECONDS = 5
+#: How soon the worker's main thread looks whether a signal came.
+_SIGNAL_SECONDS = 0.2
 
 
 def _sentences(command: Callable[..., Result]) -> Callable[..., Result]:
@@ -156,8 +158,10 @@ def worker() -> None:
     database = Database(settings.database)
     schema.check(database)
     stop = threading.Event()
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        # No lock may be taken here: the main thread may hold it.
+        signal.signal(number, lambda number, _: signals.append(number))
     running = Worker(
         database,
         DocumentStorage(settings.documents_dir),
@@ -175,12 +179,13 @@ def worker() -> None:
         except BaseException:
             crashed.set()  # the supervisor starts another worker; this one would only sit there
             raise
-        finally:
-            stop.set()
 
     thread = threading.Thread(target=work, name="worker", daemon=True)
     thread.start()
-    stop.wait()
+    # Never without an end: a signal that another thread takes does not wake this one.
+    while thread.is_alive() and not signals:
+        thread.join(timeout=_SIGNAL_SECONDS)
+    stop.set()
     # A short job is finished; a long one goes to the next worker.
     thread.join(timeout=_GRACE_SECONDS)
     if thread.is_alive():

@@ -54,12 +54,11 @@ class Passage:
         return self.body[start:end]
 
     def window(self, number: int, most: int = 4) -> str:
-        """Return a sentence and what follows it in its paragraph, `most` sentences in all.
-
-        Before the last sentence of a paragraph stands the one before it.
+        """Return a sentence with the one before it in its paragraph and what follows, `most`
+        sentences in all: of two neighbours it is often hard to say which one answers a question.
         """
         own = [n for n, p in enumerate(self.paragraph) if p == self.paragraph[number]]
-        first = number - 1 if number == own[-1] and number > own[0] else number
+        first = max(own[0], number - 1)
         last = min(own[-1], first + most - 1)
         return self.body[self.spans[first][0] : self.spans[last][1]].rstrip()
 

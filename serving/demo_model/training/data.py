@@ -30,6 +30,8 @@ ROWS = 256
 TOKEN_BITS = 0x3FFF
 FIRST = 0x4000
 ANSWER = 0x8000
+#: So many shards have easy examples.
+EASY_SHARDS = 130
 #: Rows that are open at a time while documents are packed.
 _OPEN = 12
 _BATCH = 64
@@ -93,6 +95,7 @@ def make_shard(
     filler = tokenizer.token_to_id(END_OF_TEXT)
     assert filler is not None
     rng = Random(f"{seed}-{number}")
+    maker.easy = number < EASY_SHARDS
     return pack(documents(maker, tokenizer, rng, context), rows, context, filler)
 
 

@@ -38,11 +38,14 @@ from serving.demo_model.training.questions import (
 from serving.demo_model.training.tasks import KINDS, make_task
 
 #: How often an example asks about lecture notes.
-LECTURES = 0.4
+LECTURES = 0.5
 #: How often the right passage is missing, so that the answer is a refusal.
-_MISSING = 0.17
+_MISSING = 0.33
+#: While choosing is learnt: how often wrong passages are any.
+_EASY = 0.75
 #: Passages of a prompt; a few long prompts, so that all positions are met.
 _COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 8) * 3 + (12, 16)
+_EASY_COUNTS = (1, 2, 2, 3, 3, 4, 4)
 #: Further questions on the same passages: so a prompt that is read once teaches several choices.
 _FURTHER_LECTURES = (0, 4, 8, 10, 12)
 _FURTHER_DOCUMENTS = (0, 0, 2, 3, 4)
@@ -56,6 +59,9 @@ _MOST_TERMS = 12
 #: passages' words are others.
 _ASIDES = 0.35
 _RENAMED = 0.4
+#: How often passages have lines of a width, as files and PDFs have them, and which widths.
+_BROKEN = 0.3
+_WIDTHS = (44, 60, 72, 78, 80, 100)
 _ASIDE_EN = (
     "While working on {n}: {q}", "I use {n}. {q}", "{q} I already tried {n}.",
     "My task is {n}. {q}",
@@ -109,6 +115,9 @@ class Maker:
     ) -> None:
         """With `held_out`, documents are those that other makers never show, to measure with.
         `lectures_share` of the examples ask about lecture notes."""
+        #: The first examples: most by rule, one question each, beside passages of other words.
+        #: With hard ones only, nothing but chance is learnt for a long time.
+        self.easy = False
         self.corpus = corpus
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
         self.search = Search(corpus.passages)
@@ -154,14 +163,20 @@ class Maker:
         ]
         rest = 1 - lectures_share
         self._kinds = [(lectures_share, self._lecture), *((rest * s, k) for s, k in kinds)]
+        self._easy_kinds: list[tuple[float, Callable[[Random], Example]]] = [
+            (0.42, self._documentation),
+            (0.12, self._documentation_in_chinese),
+            (0.10, self._facts),
+            (0.10, self._random_words),
+            (0.08, self._lecture),
+            (0.14, self._task),
+            (0.04, self._dictionary),
+        ]
 
     def example(self, rng: Random) -> Example:
-        place = rng.random()
-        for share, make in self._kinds:
-            place -= share
-            if place < 0:
-                return make(rng)
-        return self._kinds[-1][1](rng)
+        kinds = self._easy_kinds if self.easy else self._kinds
+        makers = [make for _, make in kinds]
+        return rng.choices(makers, [share for share, _ in kinds])[0](rng)
 
     def on_documents(self) -> dict[str, Callable[[Random], Example]]:
         """Return the makers of questions on documents, by name."""
@@ -201,7 +216,7 @@ class Maker:
         if chinese:
             question = ask_across(sentence, rng, self.lexicon, chinese=True)
             return None if question is None else (place, question)
-        swap = rng.choice((0.0, 0.2, 0.4, 0.5, 0.6))
+        swap = rng.choice((0.0, 0.2) if self.easy else (0.0, 0.2, 0.4, 0.5, 0.6))
         return place, ask_english(sentence, rng, self.lexicon, self.search.weight, swap)
 
     def _further_of_documents(
@@ -240,7 +255,7 @@ class Maker:
             wish = rng.choice((" Show the code.", " Give the example.", " I need the code for it."))
             question += " 请给出代码。" if chinese else wish
             text = f"\n```\n{target.code}\n```"
-        if rng.random() < _ASIDES:
+        if not self.easy and rng.random() < _ASIDES:
             question = self._with_aside(rng, question, chinese)
         words = content(question if not chinese else sentence)
         wrong = self._other_documents(rng, words, number)
@@ -248,7 +263,7 @@ class Maker:
         return self._put(
             rng,
             asked,
-            renamed=not chinese and rng.random() < _RENAMED,
+            renamed=not (chinese or self.easy) and rng.random() < _RENAMED,
             follow=self._further_of_documents,
             further=rng.choice(_FURTHER_DOCUMENTS),
         )
@@ -277,7 +292,7 @@ class Maker:
         same = search.groups[search.passages[number].group]
         near = [n for n in range(number - 4, number + 5) if 0 <= n < len(search.passages)]
         others = [*hard, *rng.sample(same, min(3, len(same))), *rng.sample(near, 3)]
-        if rng.random() < 0.25:  # easy ones too: choosing is learnt from them first
+        if rng.random() < (_EASY if self.easy else 0.25):
             others = rng.choices(self._numbers, k=8)
         rng.shuffle(others)
         return [
@@ -369,6 +384,8 @@ class Maker:
         beside = notes.groups[lecture.passage.group]
         if not varied:
             others = others[:5]
+        elif self.easy and rng.random() < _EASY:
+            others = rng.choices(range(len(notes.passages)), k=9)
         elif rng.random() < 0.4:
             others = [*rng.sample(beside, min(5, len(beside))),
                       *rng.sample(others, min(3, len(others))),
@@ -545,10 +562,10 @@ class Maker:
         With `renamed`, many of the words are others, the same ones everywhere: such passages
         were never read before, so what is known of the documents by heart does not help.
         """
-        count = count or rng.choice(_COUNTS)
+        count = count or rng.choice(_EASY_COUNTS if self.easy else _COUNTS)
         wrong = list(asked.wrong)
         rng.shuffle(wrong)
-        missing = rng.random() < _MISSING
+        missing = rng.random() < (0.1 if self.easy else _MISSING)
         shown = wrong[: count if missing else count - 1]
         if not missing:
             shown.insert(rng.randint(0, len(shown)), asked.target)
@@ -560,14 +577,20 @@ class Maker:
             asked = replace(asked, question=rename(asked.question))
             text = None if text is None else rename(text)
         terms = self._terms(rng, asked.question, chinese, shown)
+        drawn, breaks = shown, list[_LineBreaks]()
+        if rng.random() < _BROKEN:
+            breaks = [_LineBreaks(p.body, rng.choice(_WIDTHS)) for p in shown]
+            drawn = [replace(p, body=b.body) for p, b in zip(shown, breaks, strict=True)]
+            text = breaks[right].put(text) if text is not None and right >= 0 else text
         turns = self._before(rng, chinese)
-        turns.append(prompts.question_turn(asked.question, shown, chinese, terms))
+        turns.append(prompts.question_turn(asked.question, drawn, chinese, terms))
         more = []
-        for _ in range(0 if renamed or follow is None or not shown else further):
+        for _ in range(0 if self.easy or renamed or follow is None or not shown else further):
             assert follow is not None
             made = follow(rng, shown)
             if made is not None:
                 question, in_chinese, number, quoted = made
+                quoted = breaks[number].put(quoted) if breaks and number >= 0 else quoted
                 names = self._terms(rng, question, in_chinese, shown)
                 turn = prompts.further_turn(question, in_chinese, names)
                 more.append(_answered([turn], in_chinese, number, quoted))
@@ -629,6 +652,44 @@ class Maker:
             else:
                 lines.append(" = ".join(rng.choice(self.corpus.characters)))
         return Example("\n".join(lines) + "\n" + prompts.END_OF_TEXT, "")
+
+
+class _LineBreaks:
+    """A text in lines of at most about `width` columns (a Chinese character has two)."""
+
+    def __init__(self, text: str, width: int) -> None:
+        self._text = text
+        #: A break takes the place of a blank (True), or stands before a character.
+        self._breaks: list[tuple[int, bool]] = []
+        column = 0
+        possible: tuple[int, bool, int] | None = None
+        for place, letter in enumerate(text):
+            if letter == "\n":
+                column, possible = 0, None
+                continue
+            han = HAN.match(letter) is not None
+            if letter == " ":
+                possible = place, True, column + 1
+            elif han and column and HAN.match(text[place - 1]):
+                possible = place, False, column
+            column += 2 if han else 1
+            if column > width and possible is not None:
+                self._breaks.append((possible[0], possible[1]))
+                column, possible = column - possible[2], None
+        self.body = self._between(0, len(text))
+
+    def put(self, part: str) -> str:
+        """Return a part of the text with its breaks; what is no part stays as it is."""
+        start = self._text.find(part)
+        return part if start < 0 else self._between(start, start + len(part))
+
+    def _between(self, start: int, end: int) -> str:
+        made, done = [], start
+        for place, blank in self._breaks:
+            if start < place < end:
+                made.append(self._text[done:place])
+                done = place + blank
+        return "\n".join([*made, self._text[done:end]])
 
 
 class _Renaming:

@@ -19,11 +19,18 @@ from torch.nn.attention.flex_attention import create_block_mask
 from rag.prompt import PromptPassage, build_prompt
 from rag.sample import sample_documents_folder, sample_questions_file
 from serving import LLM, SamplingParams
-from serving.demo_model.training import prompts
+from serving.demo_model.training import examples, prompts
 from serving.demo_model.training.collect import SOURCES
 from serving.demo_model.training.corpus import Corpus, content, make_passage
-from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS, generate, make_shard
-from serving.demo_model.training.examples import Maker, _Renaming
+from serving.demo_model.training.data import (
+    ANSWER,
+    EASY_SHARDS,
+    FIRST,
+    TOKEN_BITS,
+    generate,
+    make_shard,
+)
+from serving.demo_model.training.examples import Maker, _LineBreaks, _Renaming
 from serving.demo_model.training.export import export, load, shape_of
 from serving.demo_model.training.lectures import lectures
 from serving.demo_model.training.lexicon import HAN
@@ -161,6 +168,13 @@ def test_answers_are_copied_from_the_passage_they_cite(maker: Maker) -> None:
     assert further > 100
 
 
+@pytest.fixture
+def whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passages stand as they are, so that they can be found in prompts."""
+    monkeypatch.setattr(examples, "_BROKEN", 0.0)
+
+
+@pytest.mark.usefixtures("whole_lines")
 def test_further_questions_are_asked_once_and_need_their_section(maker: Maker) -> None:
     """What the notes say answers them is shown, or else the answer is a refusal."""
     answers: defaultdict[str, list[str]] = defaultdict(list)
@@ -204,6 +218,7 @@ def test_held_out_documents_are_shown_by_no_other_maker() -> None:
         assert not any(body in made for body in hidden)
 
 
+@pytest.mark.usefixtures("whole_lines")
 def test_held_out_lectures_are_shown_by_no_other_maker(maker: Maker) -> None:
     other = Maker(maker.corpus, held_out=True)
     theirs = {lecture.passage.body for _, asked in other._courses for lecture in asked}
@@ -224,6 +239,7 @@ def test_held_out_lectures_are_shown_by_no_other_maker(maker: Maker) -> None:
     assert answered > 30
 
 
+@pytest.mark.usefixtures("whole_lines")
 def test_wrong_sections_of_lectures_have_words_of_the_question(maker: Maker) -> None:
     """They are what a search for the question would find; at random few would share a word."""
     rng = Random(3)
@@ -272,10 +288,39 @@ def test_a_window_stays_in_its_paragraph() -> None:
         "g", "T", "T", ["One a. Two b. Three c. Four d. Five e. Six f.", "Seven g."]
     )
     assert passage.window(0) == "One a. Two b. Three c. Four d."
-    assert passage.window(3) == "Four d. Five e. Six f."
+    assert passage.window(1) == "One a. Two b. Three c. Four d."
+    assert passage.window(3) == "Three c. Four d. Five e. Six f."
     assert passage.window(5) == "Five e. Six f."
     assert passage.window(6) == "Seven g."
-    assert passage.window(1, 2) == "Two b. Three c."
+    assert passage.window(2, 2) == "Two b. Three c."
+
+
+def test_lines_are_broken_in_what_is_shown_and_in_the_answer() -> None:
+    english = "A parser reads tokens. It reports `what it` wants. Then it stops."
+    broken = _LineBreaks(english, 24)
+    assert broken.body == "A parser reads tokens.\nIt reports `what it`\nwants. Then it stops."
+    assert broken.put("It reports `what it` wants.") == "It reports `what it`\nwants."
+    assert broken.put("wants.") == "wants."
+    assert broken.put("another") == "another"
+    chinese = "语法分析器读入记号。\n\n它用 LL(1) 表决定选择哪一个产生式，然后继续。"
+    lines = _LineBreaks(chinese, 20)
+    assert lines.body.replace("\n", "") == chinese.replace("\n", "")
+    assert [len(line) for line in lines.body.split("\n")] == [10, 0, 13, 10, 3]
+    assert "\n" in lines.put("决定选择哪一个产生式")
+
+
+def test_first_examples_are_easy(maker: Maker) -> None:
+    """One question each; later ones have several on the same passages."""
+
+    def most_questions(easy: bool) -> int:
+        maker.easy = easy
+        try:
+            return max(len(maker.example(Random(n)).more) for n in range(60))
+        finally:
+            maker.easy = False
+
+    assert most_questions(easy=True) == 0
+    assert most_questions(easy=False) > 4
 
 
 def test_tasks_have_their_answer_in_the_prompt_and_held_out_ones_stay_apart() -> None:
@@ -307,7 +352,7 @@ def test_shards_are_the_same_however_many_make_them(tokenizer: Path, tmp_path: P
 
 def test_rows_hold_whole_documents(maker: Maker, tokenizer: Path) -> None:
     encoder = backend(tokenizer)
-    shard = make_shard(maker, encoder, 1, 0, rows=6, context=4096)
+    shard = make_shard(maker, encoder, 1, EASY_SHARDS, rows=6, context=4096)
     filler = encoder.token_to_id(prompts.END_OF_TEXT)
     tokens, positions, documents, targets, weights = unpack(
         torch.from_numpy(shard.astype(np.int64)), filler, 0.1, 5.0
@@ -322,6 +367,7 @@ def test_rows_hold_whole_documents(maker: Maker, tokenizer: Path) -> None:
             edges = np.flatnonzero(np.diff(answers.astype(np.int8), prepend=0, append=0)).tolist()
             turns += len(edges) > 2
             wanted = [0.1] * (end - start)
+            wanted[-1] *= ids[-1] & TOKEN_BITS != filler
             for first, last in zip(edges[::2], edges[1::2], strict=True):
                 before, answer = (
                     encoder.decode((part & TOKEN_BITS).tolist(), skip_special_tokens=False)

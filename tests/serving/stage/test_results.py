@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from serving.messages import StageSeconds
+from serving.stage.gpu import results
 from serving.stage.gpu.results import PendingResult, ResultThread
 
 
@@ -57,17 +57,15 @@ def test_results_keep_their_order_and_their_time() -> None:
     assert not thread.take_steps()
 
 
-def test_steps_are_told_by_the_clock_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_told_by_the_clock_of_the_host() -> None:
     """The device ends one every 20 ms. What is seen late is put where it belongs, also what came
     before anything was seen in time; the device's clock runs slow by 50 millionths."""
     late = [0.003, 0.005, 0.0, 0.004, 0.001, *[0.002] * 2000, 0.0, 0.005]
-    clock = iter([100 + 0.02 * n + by for n, by in enumerate(late)])
     thread = ResultThread(lambda result: None, pytest.fail)
     thread.close()
-    monkeypatch.setattr("serving.stage.gpu.results.time.monotonic", lambda: next(clock))
-    for number in range(len(late)):
+    for number, by in enumerate(late):
         times: Any = _Times(since=0.02 * (1 - 5e-5))
-        thread._note(number, times, time.monotonic())
+        thread._note(number, times, 100 + 0.02 * number + by)
     steps = thread.take_steps()
     ends = [step.ended + 0.125 - (100 + 0.02 * step.number) for step in steps]
     assert ends[0] == pytest.approx(0.003)  # there is nothing yet to tell it from
@@ -124,7 +122,8 @@ def test_a_failure_is_told_and_ends_the_process(
         codes.append(code)
         ended.set()
 
-    monkeypatch.setattr(os, "_exit", leave)
+    # The module's own name for it: no other thread of this process may be kept alive.
+    monkeypatch.setattr(results, "os", SimpleNamespace(_exit=leave))
     told: list[str] = []
     thread = ResultThread(lambda result: None, told.append)
     thread.put(_pending(0, error))
