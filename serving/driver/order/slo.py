@@ -8,9 +8,11 @@ What decides, first to last:
    share grows with its age.
 3. Deadlines: as many prompts as possible get their first token in time, by prediction. That set is
    Moore's and Hodgson's (1968): go through the prompts by deadline, and when one would be late,
-   leave out the longest so far. Whoever is left out, or has no target, comes behind.
+   leave out the longest so far. Whoever is left out comes behind; those without a target, and those
+   that cannot be in time even when served at once, come last.
 4. Shortest remaining prefill: of those that will be in time, the shortest goes first that makes no
-   other one late; those behind are served shortest first.
+   other one late, those of spared lengths (`lengths.py`) before others; those behind are served
+   shortest first.
 
 All of it is decided again for every micro-batch, since the remaining prefill shrinks with each
 chunk and with what the prefix cache takes in. Only the oldest prompts, a window that grows with
@@ -45,6 +47,9 @@ _SINCE, _DEADLINE, _SECONDS, _CLASS, _LATE = range(5)
 _LOOKS = 8
 #: While a prompt is served others come, and some go first: it takes so many times as long as alone.
 _CROWD = 1.5
+#: A first token comes when its micro-batch ends: so many seconds before its deadline a prompt is to
+#: be done.
+_ENDING = 0.05
 #: Calls of a program age together as long as none of its gaps is longer, in seconds.
 _PROGRAM_GAP = 600.0
 
@@ -213,11 +218,13 @@ class SloOrder(Order):
             places = places[places != oldest]
         window = self._window + max(0, len(places) - self._window) // 2
         inside = places[:window]
-        deadlines, seconds = figures[_DEADLINE, inside], _CROWD * figures[_SECONDS, inside]
+        deadlines, seconds = figures[_DEADLINE, inside], figures[_SECONDS, inside]
         spared = self._lengths.spared()
         if spared is not None:
             spared = spared[figures[_CLASS, inside].astype(np.int64)]
-        for place in in_time_then_shortest(now, deadlines, seconds, spared):
+        for place in in_time_then_shortest(
+            now, deadlines, seconds, spared, crowd=_CROWD, ending=_ENDING
+        ):
             yield queue[inside[place]]
         for place in places[window:].tolist():
             yield queue[place]
@@ -254,13 +261,19 @@ def in_time_then_shortest(
     deadlines: NDArray[np.float64],
     seconds: NDArray[np.float64],
     spared: NDArray[np.bool_] | None = None,
+    *,
+    crowd: float = 1.0,
+    ending: float = 0.0,
 ) -> Iterator[int]:
     """Places of prompts in the order of steps 3 and 4 above, each reckoned when asked for.
 
-    `deadlines` and remaining `seconds` by place; places are ranks of arrival and break ties. No
-    other order has more prompts done by their deadlines when they are done one after the other;
+    `deadlines` and remaining `seconds` by place; places are ranks of arrival and break ties. Each
+    prompt is taken `crowd` times as long, and is to be done `ending` seconds before its deadline.
+    No other order has more prompts done in time by that when they are done one after the other;
     unless some are `spared`, which are left out only when no other is.
     """
+    may_be_in_time = (now + seconds <= deadlines) & (deadlines < math.inf)
+    deadlines, seconds = deadlines - ending, crowd * seconds
     by_deadline = deadlines.argsort(kind="stable")
     targeted = int(np.count_nonzero(deadlines < math.inf))
     chosen, left_out = _most_in_time(now, deadlines, seconds, by_deadline[:targeted], spared)
@@ -270,6 +283,8 @@ def in_time_then_shortest(
         # Whoever goes first delays those of earlier deadlines by its own time.
         least = np.minimum.accumulate(spare[:-1])
         may = lengths.copy()
+        if spared is not None:
+            may[spared[chosen]] -= lengths.sum()
         may[1:][lengths[1:] > least] = math.inf
         shortest = (may == may[may.argmin()]).nonzero()[0]
         pick = int(shortest[chosen[shortest].argmin()])
@@ -278,7 +293,7 @@ def in_time_then_shortest(
         keep = np.arange(len(chosen)) != pick
         chosen, spare, lengths = chosen[keep], spare[keep], lengths[keep]
     rest = np.sort(np.concatenate((left_out, by_deadline[targeted:])))
-    for place in rest[np.argsort(seconds[rest], kind="stable")]:
+    for place in rest[np.lexsort((seconds[rest], ~may_be_in_time[rest]))]:
         yield int(place)
 
 

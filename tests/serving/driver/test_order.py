@@ -240,6 +240,22 @@ def test_who_is_spared_is_left_out_only_for_others_who_are(
     assert met == best
 
 
+def test_the_spared_go_first_and_the_hopeless_last() -> None:
+    lengths = np.array([1.0, 3.0, 2.0, 4.0, 5.0, 9.0])
+    deadlines = np.array([12.0, 12.0, 0.5, 12.0, math.inf, 10.0])
+    spared = np.array([False, True, False, False, False, False])
+    assert list(in_time_then_shortest(0.0, deadlines, lengths)) == [0, 1, 3, 5, 2, 4]
+    assert list(in_time_then_shortest(0.0, deadlines, lengths, spared)) == [1, 0, 3, 5, 2, 4]
+
+
+def test_time_is_kept_for_others_and_for_the_end_of_a_micro_batch() -> None:
+    """The longest is in time only when everything goes as quickly as alone."""
+    lengths, deadlines = np.array([1.0, 2.0, 1.5]), np.array([3.0, 3.0, 100.0])
+    assert list(in_time_then_shortest(0.0, deadlines, lengths)) == [0, 1, 2]
+    assert list(in_time_then_shortest(0.0, deadlines, lengths, crowd=1.1)) == [0, 2, 1]
+    assert list(in_time_then_shortest(0.0, deadlines, lengths, ending=0.1)) == [0, 2, 1]
+
+
 def test_a_class_of_lengths_is_spared_while_there_is_enough_to_spare() -> None:
     shares = LengthShares()
     assert shares.spared() is None
