@@ -72,8 +72,13 @@ class Worker:
 
     def give_back(self) -> None:
         """A graceful stop in mid-job: the job goes back and the attempt does not count."""
-        if self._current is not None:
-            jobs.give_back(self._database, self._current)
+        claim = self._current  # the thread that works may be done with it at any moment
+        if claim is None:
+            return
+        try:
+            jobs.give_back(self._database, claim)
+        except Exception:  # then another worker takes it when the lease runs out
+            log.exception("job could not be given back", job=claim.job_id)
 
     def run_once(self) -> bool:
         """Take one job and see it through; False when none is waiting."""

@@ -55,7 +55,7 @@ class Passage:
 
     def window(self, number: int, most: int = 4) -> str:
         """Return a sentence with the one before it in its paragraph and what follows, `most`
-        sentences in all: of two neighbours it is often hard to say which one answers a question.
+        (at least two) sentences in all: of neighbours it is often hard to say which one answers.
         """
         own = [n for n, p in enumerate(self.paragraph) if p == self.paragraph[number]]
         first = max(own[0], number - 1)

@@ -114,8 +114,9 @@ class Maker:
         self, corpus: Corpus, held_out: bool = False, lectures_share: float = LECTURES
     ) -> None:
         """With `held_out`, documents are those that other makers never show, to measure with.
-        `lectures_share` of the examples ask about lecture notes."""
-        #: The first examples: most by rule, one question each, beside passages of other words.
+        `lectures_share` of the examples, but for easy ones, ask about lecture notes."""
+        #: The first examples: most by rule, one question each, mostly beside passages of other
+        #: words.
         #: With hard ones only, nothing but chance is learnt for a long time.
         self.easy = False
         self.corpus = corpus
@@ -668,7 +669,7 @@ class _LineBreaks:
                 column, possible = 0, None
                 continue
             han = HAN.match(letter) is not None
-            if letter == " ":
+            if letter == " " and column:
                 possible = place, True, column + 1
             elif han and column and HAN.match(text[place - 1]):
                 possible = place, False, column

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serving.demo_model.training.data import ANSWER, FIRST, TOKEN_BITS
+from serving.demo_model.training.data import ANSWER, EASY_SHARDS, FIRST, TOKEN_BITS
 
 #: Shards kept in memory to be read again when the generator is slower than the training.
 _KEPT = 1500
@@ -76,6 +76,8 @@ class Shards:
             return self._random.choice(self._kept)
         shard: np.ndarray = np.load(file)
         self.number = int(file.stem) + 1
+        if self.number == EASY_SHARDS + 1:  # what was easy is not read again
+            self._kept.clear()
         self._kept.append(shard)
         if len(self._kept) > _KEPT:
             del self._kept[0]

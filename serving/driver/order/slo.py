@@ -270,7 +270,8 @@ def in_time_then_shortest(
     `deadlines` and remaining `seconds` by place; places are ranks of arrival and break ties. Each
     prompt is taken `crowd` times as long, and is to be done `ending` seconds before its deadline.
     No other order has more prompts done in time by that when they are done one after the other;
-    unless some are `spared`, which are left out only when no other is.
+    unless some are `spared`, which are left out only when no other is, or when they would be late
+    by that even if they were the first.
     """
     may_be_in_time = (now + seconds <= deadlines) & (deadlines < math.inf)
     deadlines, seconds = deadlines - ending, crowd * seconds
@@ -307,7 +308,7 @@ def _most_in_time(
     """The most prompts that can all be in time, by deadline, and the others (Moore, Hodgson)."""
     hopeless = now + seconds[by_deadline] > deadlines[by_deadline]
     late = by_deadline[hopeless]
-    if len(late):  # by the rule each would be the longest itself when it is its turn
+    if len(late):  # nobody before them would help, spared or not
         by_deadline = by_deadline[~hopeless]
     ends = now + seconds[by_deadline].cumsum()
     if not np.count_nonzero(ends > deadlines[by_deadline]):

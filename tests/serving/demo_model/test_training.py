@@ -30,7 +30,7 @@ from serving.demo_model.training.data import (
     generate,
     make_shard,
 )
-from serving.demo_model.training.examples import Maker, _LineBreaks, _Renaming
+from serving.demo_model.training.examples import Example, Maker, _LineBreaks, _Renaming
 from serving.demo_model.training.export import export, load, shape_of
 from serving.demo_model.training.lectures import lectures
 from serving.demo_model.training.lexicon import HAN
@@ -201,6 +201,7 @@ def test_further_questions_are_asked_once_and_need_their_section(maker: Maker) -
     assert refused > 20
 
 
+@pytest.mark.usefixtures("whole_lines")
 def test_held_out_documents_are_shown_by_no_other_maker() -> None:
     bodies = [f"Document number {n} explains how gadget{n} and widget{n} work." for n in range(200)]
     corpus = Corpus([make_passage(f"g{n}", "T", "T", [body]) for n, body in enumerate(bodies)])
@@ -312,15 +313,23 @@ def test_lines_are_broken_in_what_is_shown_and_in_the_answer() -> None:
 def test_first_examples_are_easy(maker: Maker) -> None:
     """One question each; later ones have several on the same passages."""
 
-    def most_questions(easy: bool) -> int:
+    def made(easy: bool) -> list[Example]:
         maker.easy = easy
         try:
-            return max(len(maker.example(Random(n)).more) for n in range(60))
+            return [maker.example(Random(n)) for n in range(200)]
         finally:
             maker.easy = False
 
-    assert most_questions(easy=True) == 0
-    assert most_questions(easy=False) > 4
+    def refused(examples: list[Example]) -> float:
+        said = [answer for e in examples for _, answer in e.pieces() if e.read.count("<passage ")]
+        return sum(s.startswith((prompts.REFUSAL_EN, prompts.REFUSAL_ZH)) for s in said) / len(said)
+
+    first, later = made(easy=True), made(easy=False)
+    assert max(len(e.more) for e in first) == 0
+    assert max(len(e.more) for e in later) > 4
+    assert max(e.read.count("<passage ") for e in first) <= 7  # 3 in the words before
+    assert max(e.read.count("<passage ") for e in later) > 8
+    assert refused(first) < 0.2 < refused(later)
 
 
 def test_tasks_have_their_answer_in_the_prompt_and_held_out_ones_stay_apart() -> None:
@@ -340,11 +349,12 @@ def test_shards_are_the_same_however_many_make_them(tokenizer: Path, tmp_path: P
         folder = tmp_path / str(workers)
         files = list(
             generate(
-                tokenizer, folder, corpus=None, seed=3, first=1, shards=2, workers=workers,
+                tokenizer, folder, corpus=None, seed=3, first=EASY_SHARDS - 1, shards=2,
+                workers=workers,
                 rows=4, context=2048,
             )
         )  # fmt: skip
-        assert [f.name for f in files] == ["00001.npy", "00002.npy"]
+        assert [int(f.stem) for f in files] == [EASY_SHARDS - 1, EASY_SHARDS]
         made[workers] = [np.load(f) for f in files]
     assert all((a == b).all() for a, b in zip(made[1], made[2], strict=True))
     assert (made[1][0] != made[1][1]).any()
@@ -577,9 +587,10 @@ def test_dropout_is_for_training_alone() -> None:
 
 def test_shares_of_examples_are_whole(maker: Maker) -> None:
     for share in (0.0, 0.3):
-        kinds = Maker(maker.corpus, lectures_share=share)._kinds
-        assert sum(part for part, _ in kinds) == pytest.approx(1)
-        assert kinds[0][0] == share
+        made = Maker(maker.corpus, lectures_share=share)
+        for kinds in (made._kinds, made._easy_kinds):
+            assert sum(part for part, _ in kinds) == pytest.approx(1)
+        assert made._kinds[0][0] == share
 
 
 def test_probe_reads_citations_and_refusals(maker: Maker, tokenizer: Path, tmp_path: Path) -> None:

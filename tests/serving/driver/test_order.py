@@ -126,6 +126,15 @@ def test_nobody_is_made_late_for_a_shorter_one() -> None:
     assert first_served(made) == [1, 2]
 
 
+def test_a_first_token_needs_its_micro_batch_to_end() -> None:
+    """Reckoned with others that come, 60 tokens take 0.9 s: in time for 0.96 s, not for 0.93."""
+    for target, order in ((0.96, [1, 2]), (0.93, [2, 1])):
+        made = engine("slo")
+        made.submit(prompt(60), service=Service(ttft=TtftTarget(target)), max_tokens=1)
+        made.submit(prompt(30), service=Service(ttft=TtftTarget(5.0)), max_tokens=1)
+        assert first_served(made) == order
+
+
 def test_cached_tokens_do_not_count_as_work() -> None:
     made = engine("slo", enable_prefix_caching=True)
     made.submit(prompt(60), max_tokens=1)
