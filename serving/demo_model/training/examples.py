@@ -43,6 +43,8 @@ LECTURES = 0.5
 _MISSING = 0.33
 #: While choosing is learnt: how often wrong passages are any.
 _EASY = 0.75
+#: How often a further question that nothing shown answers is one on something else altogether.
+_FAR = 0.4
 #: Passages of a prompt; a few long prompts, so that all positions are met.
 _COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 8) * 3 + (12, 16)
 _EASY_COUNTS = (1, 2, 2, 3, 3, 4, 4)
@@ -225,10 +227,13 @@ class Maker:
     ) -> tuple[str, bool, int, str] | None:
         number = rng.randrange(len(shown))
         passage = shown[number]
-        if rng.random() < _MISSING:  # of the same document, but not shown
-            same = [self.search.passages[n] for n in self.search.groups.get(passage.group, [])]
+        if rng.random() < _MISSING:  # of the same document or any other, but not shown
+            numbers = self.search.groups.get(passage.group, [])
+            if rng.random() < _FAR:
+                numbers = rng.choices(self._numbers, k=4)
             names = {(p.title, p.heading) for p in shown}
-            absent = [p for p in same if (p.title, p.heading) not in names]
+            others = [self.search.passages[n] for n in numbers]
+            absent = [p for p in others if (p.title, p.heading) not in names]
             if not absent:
                 return None
             number, passage = -1, rng.choice(absent)
@@ -412,10 +417,13 @@ class Maker:
         def further(rng: Random, shown: Sequence[Passage]) -> tuple[str, bool, int, str] | None:
             names = {(p.title, p.heading) for p in shown}
             if rng.random() < _MISSING:
-                # A section of the same document that is not shown: what is there does not answer.
+                # A section of the same document that is not shown, or of any other course: what
+                # is there does not answer.
                 absent = [p for n in beside if (p := notes.passages[n]) not in own]
                 absent = [p for p in absent if (p.title, p.heading) not in names]
                 sources = [(-1, self._lectures[p]) for p in absent]
+                if rng.random() < _FAR and (courses := [c for c in self._courses if c[0] != notes]):
+                    sources = [(-1, rng.choice(rng.choice(courses)[1]))]
             else:
                 sources = [(n, own[p]) for n, p in enumerate(shown) if p in own]
             sources = [(n, section) for n, section in sources if section.asked]

@@ -202,6 +202,35 @@ def test_further_questions_are_asked_once_and_need_their_section(maker: Maker) -
 
 
 @pytest.mark.usefixtures("whole_lines")
+def test_some_further_questions_are_on_something_else_altogether(maker: Maker) -> None:
+    """They are refused, as those are that a missing section of the same course answers."""
+    courses: defaultdict[str, set[int]] = defaultdict(set)
+    for number, (_, asked) in enumerate(maker._courses):
+        for lecture in asked:
+            for _, question in lecture.asked:
+                courses[question].add(number)
+    rng = Random(4)
+    near = far = 0
+    for _ in range(120):
+        answered: list[str] = []
+        refused: list[str] = []
+        for read, said in maker._lecture(rng).pieces():
+            line = read.rsplit("<|im_end|>", 1)[0].rsplit("\n", 1)[-1]
+            refuses = said.startswith((prompts.REFUSAL_EN, prompts.REFUSAL_ZH))
+            (refused if refuses else answered).append(line.split(" ", 1)[1])
+        known = [courses[question] for question in answered if question in courses]
+        if not known:
+            continue
+        its = set.intersection(*known)
+        assert its
+        for question in refused:
+            near += bool(courses[question] & its)
+            far += question in courses and not courses[question] & its
+    assert near > 20
+    assert far > 15
+
+
+@pytest.mark.usefixtures("whole_lines")
 def test_held_out_documents_are_shown_by_no_other_maker() -> None:
     bodies = [f"Document number {n} explains how gadget{n} and widget{n} work." for n in range(200)]
     corpus = Corpus([make_passage(f"g{n}", "T", "T", [body]) for n, body in enumerate(bodies)])
