@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=400)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--lectures", type=float, default=LECTURES, help="share of notes")
+    parser.add_argument("--lectures", type=float, default=LECTURES, help="share of lecture notes")
     parser.add_argument("--context", type=int, default=CONTEXT)
     a = parser.parse_args()
     files = generate(

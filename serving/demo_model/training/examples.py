@@ -45,7 +45,7 @@ _MISSING = 0.33
 _EASY = 0.75
 #: How often a further question that nothing shown answers is one on something else altogether.
 _FAR = 0.4
-#: Passages of a prompt; a few long prompts, so that all positions are met.
+#: Passages of a prompt; a few long prompts, so that all positions are met. Then of an easy one.
 _COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 8) * 3 + (12, 16)
 _EASY_COUNTS = (1, 2, 2, 3, 3, 4, 4)
 #: Further questions on the same passages: so a prompt that is read once teaches several choices.
@@ -118,8 +118,7 @@ class Maker:
         """With `held_out`, documents are those that other makers never show, to measure with.
         `lectures_share` of the examples, but for easy ones, ask about lecture notes."""
         #: The first examples: most by rule, one question each, mostly beside passages of other
-        #: words.
-        #: With hard ones only, nothing but chance is learnt for a long time.
+        #: words. With hard ones only, nothing but chance is learnt for a long time.
         self.easy = False
         self.corpus = corpus
         self.lexicon = Lexicon(corpus.synonyms, corpus.definitions)
@@ -418,7 +417,7 @@ class Maker:
             names = {(p.title, p.heading) for p in shown}
             if rng.random() < _MISSING:
                 # A section of the same document that is not shown, or of any other course: what
-                # is there does not answer.
+                # is shown does not answer.
                 absent = [p for n in beside if (p := notes.passages[n]) not in own]
                 absent = [p for p in absent if (p.title, p.heading) not in names]
                 sources = [(-1, self._lectures[p]) for p in absent]

@@ -38,7 +38,7 @@ from serving.demo_model.training.model import BlockMasks, Decoder, Shape, attend
 from serving.demo_model.training.optimiser import orthogonal
 from serving.demo_model.training.overlap import course_runs, runs, shared, training_texts
 from serving.demo_model.training.probe import Probe
-from serving.demo_model.training.stream import unpack
+from serving.demo_model.training.stream import Shards, unpack
 from serving.demo_model.training.tasks import KINDS, exact_match, held_out, make_task
 from serving.demo_model.training.tokenizer import train as train_tokenizer
 from serving.demo_model.training.train import Trainer, arguments, context_weight, rate_scale
@@ -643,6 +643,15 @@ def test_probe_reads_citations_and_refusals(maker: Maker, tokenizer: Path, tmp_p
     assert measured == {"x", "documents", "documents zh", "lectures"}
     assert {"refusal x", "false refusal x"} <= set(figures)
     assert all(0.0 <= figure <= 1.0 for figure in figures.values())
+
+
+def test_easy_shards_are_not_read_again_among_hard_ones(tmp_path: Path) -> None:
+    for number in (EASY_SHARDS - 1, EASY_SHARDS):
+        np.save(tmp_path / f"{number:05d}.npy", np.full((1, 4), number, dtype=np.uint16))
+    shards = Shards(tmp_path, 0, None, replay=True)
+    read = [int(shards.next()[0, 0]) for _ in range(20)]
+    assert read == [EASY_SHARDS - 1] + [EASY_SHARDS] * 19
+    assert shards.replayed == 18
 
 
 def test_the_stream_is_endless(maker: Maker, tokenizer: Path) -> None:
